@@ -1,0 +1,27 @@
+"""pico_fast: pixel contrast across images for semantic segmentation (PiCo), whole and fast."""
+
+from pico_fast.anchors import sample_anchors
+from pico_fast.bank import MemoryBank
+from pico_fast.contrast import contrast
+from pico_fast.dropin import PixelContrastLoss
+from pico_fast.loss import JointLoss, PiCoLoss
+from pico_fast.projection import ProjectionHead
+from pico_fast.regions import region_pool
+from pico_fast.selection import SelectedKeys, select_keys
+from pico_fast.synthesis import Synthesis
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "JointLoss",
+    "MemoryBank",
+    "PiCoLoss",
+    "PixelContrastLoss",
+    "ProjectionHead",
+    "SelectedKeys",
+    "Synthesis",
+    "contrast",
+    "region_pool",
+    "sample_anchors",
+    "select_keys",
+]

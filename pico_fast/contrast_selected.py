@@ -1,0 +1,129 @@
+"""Contrast with selected keys: the similarities are known, so only the chosen rows are read."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, softplus
+
+from pico_fast.contrast_any import merge_mixes
+from pico_fast.selection import product_dtype
+
+# values of gathered rows, or of a block of dense weights, held at a time
+_BLOCK = 2**24
+
+
+def _weighted_rows(
+    keys: Tensor,  # [K, D]
+    index: Tensor,  # [A, n] int64, -1 where there is none
+    weight: Tensor,  # [A, n], 0 where there is none
+) -> Tensor:
+    """Sum of the indexed keys by weight, in the weight's dtype: [A, D]."""
+    none = (index < 0).all(1, keepdim=True)
+    # behind the last stands a row's own largest pick: weight 0 on any other row would spread its nan
+    index = torch.where(index < 0, index.amax(1, keepdim=True).clamp(min=0), index)
+    if keys.dtype == weight.dtype and keys.dtype == torch.float32:
+        out = embedding_bag(index, keys, mode="sum", per_sample_weights=weight)
+    else:
+        out = weight.new_empty(index.shape[0], keys.shape[1])
+        block = max(1, _BLOCK // (index.shape[1] * keys.shape[1]))
+        for first in range(0, index.shape[0], block):
+            here = slice(first, first + block)
+            rows = keys[index[here]].to(weight.dtype)
+            out[here] = torch.bmm(weight[here, None], rows)[:, 0]
+    return out.masked_fill(none, 0.0)
+
+
+def _weights(
+    lse: Tensor,  # [A]
+    positive_index: Tensor,  # [A, P]
+    negative_index: Tensor,  # [A, N]
+    positive_similarity: Tensor,  # [A, P]
+    negative_similarity: Tensor,  # [A, N]
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """temperature x d loss / d inner product: of positives [A, P], negatives [A, N]; and q [A]."""
+    chosen = positive_index >= 0
+    n_positive = chosen.sum(1)
+    usable = (n_positive > 0) & (lse > -math.inf)
+    lse = torch.where(usable, lse, 0.0)[:, None]
+    chosen &= usable[:, None]
+    w = torch.sigmoid(lse - positive_similarity / temperature).masked_fill(~chosen, 0.0)
+    w = w / n_positive.clamp(min=1)[:, None]
+    q = w.sum(1)
+    s = negative_similarity / temperature - lse
+    p = s.masked_fill((negative_index < 0) | ~usable[:, None], -math.inf).exp()
+    return -w, p * q[:, None], q
+
+
+def contrast_selected(
+    anchors: Tensor,  # [A, D]
+    keys: Tensor | None,  # [K, D]; None: the anchors
+    positive_index: Tensor,  # [A, P] int64, -1 behind the last
+    negative_index: Tensor,  # [A, N] int64, -1 behind the last
+    positive_similarity: Tensor,  # [A, P]
+    negative_similarity: Tensor,  # [A, N]
+    mix_lse: Tensor | None,  # [A] log-sum of the synthesised negatives
+    mix_mean: Tensor | None,  # [A, D] their softmax mean
+    temperature: float,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs of the op `pico_fast::contrast_selected`; see `pico_fast.contrast`."""
+    keys = anchors if keys is None else keys
+    dtype = product_dtype(anchors, keys)
+    chosen, against = positive_index >= 0, negative_index >= 0
+    n_positive, n_negative = chosen.sum(1), against.sum(1)
+    s = (negative_similarity / temperature).masked_fill(~against, -math.inf)
+    lse = s.logsumexp(1)
+    if mix_lse is not None:
+        lse = torch.logaddexp(lse, mix_lse)
+    counted = (n_positive > 0) & (n_negative > 0)
+    above = (lse[:, None] - positive_similarity / temperature).masked_fill(~chosen, -math.inf)
+    loss = softplus(above).sum(1) / n_positive.clamp(min=1)
+    loss = torch.where(counted, loss, 0.0)
+    similar = positive_similarity.sum(1) / n_positive.clamp(min=1)
+    away = negative_similarity.sum(1) / n_negative.clamp(min=1)
+    gradient = anchors.new_zeros(0, dtype=dtype)
+    if want_gradient and keys.shape[0] > 0:
+        chosen_by = (positive_index, negative_index, positive_similarity, negative_similarity)
+        pull, push, q = _weights(lse, *chosen_by, temperature)
+        index = torch.cat([negative_index, positive_index], 1)
+        gradient = _weighted_rows(keys, index, torch.cat([push, pull], 1)) / temperature
+        if mix_lse is not None:
+            nothing = torch.zeros_like(gradient)
+            _, mixed = merge_mixes(s.logsumexp(1), nothing, mix_lse, mix_mean)
+            gradient += q[:, None] * mixed / temperature
+    elif want_gradient:
+        gradient = torch.zeros_like(anchors, dtype=dtype)
+    return loss, lse, n_positive, similar, away, gradient
+
+
+def contrast_selected_keys_grad(
+    grad_loss: Tensor,  # [A]
+    anchors: Tensor,  # [A, D]
+    positive_index: Tensor,  # [A, P] int64, -1 behind the last
+    negative_index: Tensor,  # [A, N] int64, -1 behind the last
+    positive_similarity: Tensor,  # [A, P]
+    negative_similarity: Tensor,  # [A, N]
+    lse: Tensor,  # [A] of the forward
+    temperature: float,
+    num_keys: int,
+) -> Tensor:
+    """Gradient of the keys [K, D], by dense weights of a block of anchors at a time."""
+    chosen_by = (positive_index, negative_index, positive_similarity, negative_similarity)
+    pull, push, _ = _weights(lse, *chosen_by, temperature)
+    index = torch.cat([positive_index, negative_index], 1)
+    index = torch.where(index < 0, num_keys, index)
+    weight = torch.cat([pull, push], 1) * grad_loss.to(push.dtype)[:, None] / temperature
+    out = weight.new_zeros(num_keys, anchors.shape[1])
+    rows = anchors.to(weight.dtype)
+    # an anchor without any pick may hold anything; 0 x nan would still be nan in the product
+    rows = rows.masked_fill((index == num_keys).all(1, keepdim=True), 0.0)
+    block = max(1, _BLOCK // (num_keys + 1))
+    for first in range(0, rows.shape[0], block):
+        here = slice(first, first + block)
+        dense = weight.new_zeros(rows[here].shape[0], num_keys + 1)
+        # picks of a row differ; only the column that is cut off takes several
+        dense.scatter_(1, index[here], weight[here])
+        out.addmm_(dense[:, :-1].T, rows[here])
+    return out

@@ -1,0 +1,296 @@
+"""The method whole: anchors of this batch against the bank of all images seen before."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate
+
+from pico_fast import checks, reference
+from pico_fast.anchors import check_sizes, draw_anchors
+from pico_fast.bank import MemoryBank
+from pico_fast.contrast import contrast_rows
+from pico_fast.labels import check_predictions, labels_on_grid, predictions_on_grid
+from pico_fast.pixels import gather_pixels
+from pico_fast.selection import check_sampling
+from pico_fast.synthesis import Synthesis, check_synthesis
+
+PLACEMENTS = ("local", "replicated", "sharded")
+
+
+def check_batch(
+    embeddings: object, labels: object, logits: object, num_classes: int | None
+) -> None:
+    """Raise unless embeddings [B, D, H, W], labels [B, h, w] and logits belong together."""
+    checks.tensor("embeddings", embeddings, "[B, D, H, W]", "floating")
+    checks.tensor("labels", labels, "[B, h, w]", "integer")
+    checks.size("labels", labels, 0, embeddings.shape[0], "images of embeddings")
+    checks.same_device("labels", labels, "embeddings", embeddings)
+    if embeddings.numel() and labels.numel() == 0:
+        raise ValueError(f"labels: expected at least one pixel, got {checks.describe(labels)}")
+    check_predictions("logits", logits, num_classes, labels)
+
+
+class PiCoLoss(nn.Module):
+    """Pixel contrast across images: hard anchors of this batch against a bank of pixels and regions.
+
+    Args:
+        num_classes: C.
+        embedding_dim: D, channels of the embeddings.
+        temperature: divides inner products.
+        base_temperature: if given, the loss is multiplied by temperature / base_temperature.
+        sampling: which keys an anchor is compared with: "all", "random", "hardest", "semi_hard".
+        num_positives, num_negatives: keys of an anchor at most, for the samplings but "all".
+        hard_fraction: share of an anchor's keys in the pool that semi_hard draws from.
+        max_samples: A, anchors of a batch at most.
+        max_views: anchors of one class of one image at most.
+        min_pixels: pixels that a class needs in an image (at embedding resolution) to take part.
+        pixel_queue_size, region_queue_size: slots of a class in the bank; 0 switches a queue off, both
+            0 contrast the anchors with one another.
+        pixels_per_image: pixels stored of one class of one image at most.
+        synthesis: a `Synthesis`, or None for no extra negatives.
+        ignore_index: label of pixels to leave out.
+        bank_dtype: of the stored embeddings.
+        seed: with `step` it decides every draw.
+        impl: None picks by device; "reference" is the specification in plain PyTorch.
+        process_group: ranks that train together; None is the default group, if there is one.
+        placement: where the bank lives with several ranks: "local" keeps one on each rank.
+            "replicated" and "sharded" are for one rank in this version and refuse more.
+        easy: where the anchors that are not hard come from: "correct" pixels or "random" ones.
+
+    Attributes:
+        bank: the `MemoryBank`.
+        step: [] int64 buffer, training steps so far.
+        stats: device tensors of the last forward: "anchors" (slots in use), "hard_anchors" (share of
+            them whose prediction is wrong), "positive_similarity" and "negative_similarity" (mean inner
+            product with what the anchors are compared with), "pixel_fill" and "region_fill" (share of
+            the bank's slots in use before the batch). Reading one waits for the device; keeping them
+            does not.
+
+    `criterion(embeddings, labels, logits)` takes embeddings [B, D, H, W] (float32, bfloat16, float16 or
+    float64, unit length along D), labels [B, h, w] of any integer dtype and logits [B, C, h', w'],
+    integer predictions [B, h', w'] or None, and returns a scalar: float32, or float64 for float64
+    embeddings. The anchors are compared with the bank as it was before the batch; in training the
+    batch is then stored and `step` advances. The value has a floor far above 0: watch the similarities.
+
+    Source: PiCo, TPAMI 2024; Wang et al., ICCV 2021.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int = 256,
+        temperature: float = 0.1,
+        base_temperature: float | None = None,
+        sampling: str = "semi_hard",
+        num_positives: int = 1024,
+        num_negatives: int = 2048,
+        hard_fraction: float = 0.1,
+        max_samples: int = 1024,
+        max_views: int = 100,
+        min_pixels: int = 1,
+        pixel_queue_size: int = 10_000,
+        region_queue_size: int = 1_000,
+        pixels_per_image: int = 10,
+        synthesis: Synthesis | None = None,
+        ignore_index: int = 255,
+        bank_dtype: torch.dtype = torch.bfloat16,
+        seed: int = 0,
+        impl: str | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        placement: str = "replicated",
+        easy: str = "correct",
+    ) -> None:
+        super().__init__()
+        self.temperature = checks.number("temperature", temperature, above=0.0)
+        self.scale = 1.0
+        if base_temperature is not None:
+            base_temperature = checks.number("base_temperature", base_temperature, above=0.0)
+            self.scale = self.temperature / base_temperature
+        check_sampling(sampling, num_positives, num_negatives, hard_fraction)
+        check_sizes(max_samples, max_views, min_pixels, easy)
+        check_synthesis(synthesis)
+        checks.choice("placement", placement, PLACEMENTS)
+        self.selection = (sampling, num_positives, num_negatives, float(hard_fraction))
+        self.sizes = (max_samples, max_views, min_pixels)
+        self.easy = easy
+        self.synthesis = synthesis
+        self.impl = impl
+        self.process_group = process_group
+        self.placement = placement
+        # the bank checks what is left
+        self.bank = MemoryBank(
+            num_classes,
+            embedding_dim,
+            pixel_queue_size,
+            region_queue_size,
+            pixels_per_image,
+            bank_dtype,
+            ignore_index,
+            seed,
+            impl=impl,
+        )
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.seed = seed
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.stats: dict[str, Tensor] = {}
+
+    def _check_ranks(self) -> None:
+        if self.placement == "local" or not torch.distributed.is_available():
+            return
+        if not torch.distributed.is_initialized():
+            return
+        ranks = torch.distributed.get_world_size(self.process_group)
+        if ranks > 1:
+            raise ValueError(
+                f"placement: expected 'local' with {ranks} ranks, got {self.placement!r}: this version"
+                " keeps no common bank of several ranks"
+            )
+
+    def forward(
+        self,
+        embeddings: Tensor,  # [B, D, H, W]
+        labels: Tensor,  # [B, h, w] integer
+        logits: Tensor | None = None,  # [B, C, h', w'] scores or [B, h', w'] predictions
+    ) -> Tensor:
+        """The loss of the batch, a scalar; see the class."""
+        check_batch(embeddings, labels, logits, self.num_classes)
+        bank = self.bank
+        checks.size("embeddings", embeddings, 1, bank.embedding_dim, "embedding_dim")
+        checks.same_device("embeddings", embeddings, "the bank", bank.storage)
+        self._check_ranks()
+        is_reference = self.impl == "reference"
+
+        height, width = embeddings.shape[2:]
+        labels = labels_on_grid(labels, height, width, self.num_classes, self.ignore_index)
+        predictions = predictions_on_grid(logits, height, width)
+
+        seed = reference.step_seed(self.seed, self.step)
+        sample = reference.sample_anchors if is_reference else draw_anchors
+        pixel, anchor_labels = sample(
+            labels, predictions, *self.sizes, self.num_classes, seed, self.easy
+        )
+        anchors = gather_pixels(embeddings, pixel)
+
+        slots = bank.storage.shape[1]
+        keys, key_labels = bank.keys() if slots else (None, None)
+        rows, counted, similar, away = contrast_rows(
+            anchors,
+            anchor_labels,
+            keys,
+            key_labels,
+            seed,
+            self.temperature,
+            *self.selection,
+            self.synthesis,
+            is_reference,
+        )
+        n_counted = counted.sum()
+        loss = rows.sum() / n_counted.clamp(min=1) * self.scale
+
+        self._keep_stats(labels, predictions, pixel, counted, similar, away)
+        if self.training:
+            bank.write(embeddings.detach(), labels)
+            self.step.add_(1)
+        return loss if embeddings.dtype == torch.float64 else loss.float()
+
+    @torch.no_grad()
+    def _keep_stats(
+        self,
+        labels: Tensor,  # [B, H, W] int64
+        predictions: Tensor | None,  # [B, H, W] int64
+        pixel: Tensor,  # [A] int64
+        counted: Tensor,  # [A] bool
+        similar: Tensor,  # [A]
+        away: Tensor,  # [A]
+    ) -> None:
+        used = pixel >= 0
+        n_used = used.sum()
+        hard = torch.zeros_like(used)
+        if predictions is not None and labels.numel():
+            hard = (predictions != labels).flatten()[pixel.clamp(min=0)] & used
+        n_counted = counted.sum().clamp(min=1)
+        bank = self.bank
+        fills = [
+            (count.sum() / (size * bank.num_classes) if size else count.sum() * 0.0)
+            for count, size in (
+                (bank.pixel_count, bank.pixel_queue_size),
+                (bank.region_count, bank.region_queue_size),
+            )
+        ]
+        self.stats = {
+            "anchors": n_used,
+            "hard_anchors": hard.sum() / n_used.clamp(min=1),
+            "positive_similarity": similar.masked_fill(~counted, 0.0).sum() / n_counted,
+            "negative_similarity": away.masked_fill(~counted, 0.0).sum() / n_counted,
+            "pixel_fill": fills[0],
+            "region_fill": fills[1],
+        }
+
+
+class JointLoss(nn.Module):
+    """Segmentation loss + weight x contrast: what a training loop calls.
+
+    Args:
+        criterion: `PiCoLoss` or `PixelContrastLoss`.
+        weight: of the contrast.
+        warmup_steps: training steps in which the contrast counts with weight 0 while the bank fills.
+        segmentation_loss: a module of (logits [B, C, h, w], labels [B, h, w] int64) that returns a
+            scalar; None is cross-entropy, the mean over pixels that are not left out, 0 without any.
+            Pixels to leave out carry the criterion's ignore_index.
+
+    `joint(logits, embeddings, labels)` brings logits to the labels' size bilinearly and returns a scalar.
+
+    Source: Wang et al., ICCV 2021, equation 6; weight 0.1 and a warm-up as released.
+    """
+
+    def __init__(
+        self,
+        criterion: nn.Module,
+        weight: float = 0.1,
+        warmup_steps: int = 0,
+        segmentation_loss: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(criterion, nn.Module):
+            raise TypeError(f"criterion: expected a module, got {checks.describe(criterion)}")
+        if segmentation_loss is not None and not callable(segmentation_loss):
+            raise TypeError(
+                "segmentation_loss: expected a module of (logits, labels) or None, got"
+                f" {checks.describe(segmentation_loss)}"
+            )
+        self.criterion = criterion
+        self.weight = checks.number("weight", weight, minimum=0.0)
+        self.warmup_steps = checks.integer("warmup_steps", warmup_steps, 0)
+        self.segmentation_loss = segmentation_loss
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self,
+        logits: Tensor,  # [B, C, h', w']
+        embeddings: Tensor,  # [B, D, H, W]
+        labels: Tensor,  # [B, h, w] integer
+    ) -> Tensor:
+        """Both losses, a scalar; see the class."""
+        checks.tensor("logits", logits, "[B, C, h, w]", "floating")
+        check_batch(embeddings, labels, logits, None)
+        contrast = self.criterion(embeddings, labels, logits)
+        # a tensor, not a branch: the end of the warm-up recompiles nothing
+        weight = self.weight * (self.step >= self.warmup_steps)
+        if self.training:
+            self.step.add_(1)
+        return self._segmentation(logits, labels) + weight * contrast
+
+    def _segmentation(self, logits: Tensor, labels: Tensor) -> Tensor:
+        ignore_index = self.criterion.ignore_index
+        labels = labels.long()
+        labels = torch.where(labels < 0, ignore_index, labels)
+        if labels.is_cuda:
+            # an index outside the classes would end the process; the criterion leaves it out, too
+            labels = torch.where(labels < logits.shape[1], labels, ignore_index)
+        if logits.shape[2:] != labels.shape[1:] and logits.numel():
+            logits = interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
+        if self.segmentation_loss is not None:
+            return self.segmentation_loss(logits, labels)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        total = cross_entropy(wide, labels, ignore_index=ignore_index, reduction="sum")
+        return total / (labels != ignore_index).sum().clamp(min=1)
