@@ -1,0 +1,67 @@
+"""What stands beside pico_fast in a measurement: the textbook forms, written plainly."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+
+def eager(
+    anchors: Tensor,  # [A, D] float32, requires grad
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D]
+    key_labels: Tensor,  # [K] int64
+    temperature: float,
+) -> Tensor:
+    """The loss as the formula stands, five A x K matrices and autograd: a scalar."""
+    s = anchors @ keys.T.to(anchors.dtype) / temperature
+    positive = anchor_labels[:, None] == key_labels
+    s = s - s.max(1, keepdim=True).values.detach()
+    exponential = torch.exp(s)
+    negative_sum = (exponential * ~positive).sum(1, keepdim=True)
+    log_probability = s - torch.log(exponential + negative_sum)
+    return -((positive * log_probability).sum(1) / positive.sum(1)).mean()
+
+
+def two_products(
+    anchors: Tensor,  # [A, D] float32
+    keys: Tensor,  # [K, D] float32
+) -> Tensor:
+    """The two bare matrix products of loss and gradient, nothing else: [A, D]."""
+    out = torch.zeros_like(anchors)
+    for tile in keys.split(1024):
+        out.addmm_(anchors @ tile.T, tile)
+    return out
+
+
+def matmul_topk(
+    anchors: Tensor,  # [A, D] float32
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D] float32
+    key_labels: Tensor,  # [K] int64
+    num_positives: int,
+    num_negatives: int,
+    temperature: float,
+) -> Tensor:
+    """Loss on the hardest keys: the full similarity, a mask and two topk: a scalar."""
+    s = anchors @ keys.T
+    positive = anchor_labels[:, None] == key_labels
+    hard = s.masked_fill(positive, -torch.inf).topk(num_negatives).values / temperature
+    easy = s.masked_fill(~positive, torch.inf).topk(num_positives, largest=False).values
+    chosen = easy < torch.inf
+    above = hard.logsumexp(1, keepdim=True) - easy.masked_fill(~chosen, 0.0) / temperature
+    return (softplus(above).masked_fill(~chosen, 0.0).sum(1) / chosen.sum(1)).mean()
+
+
+def index_add(
+    features: Tensor,  # [B, D, H, W] float32
+    labels: Tensor,  # [B, H, W] int64, all in [0, C)
+    num_classes: int,
+) -> Tensor:
+    """Region means by a transposed copy and index_add_: [B, C, D]."""
+    images, channels = features.shape[:2]
+    image = torch.arange(images, device=labels.device)[:, None]
+    region = (image * num_classes + labels.flatten(1)).flatten()
+    rows = features.flatten(2).transpose(1, 2).reshape(-1, channels)
+    sums = rows.new_zeros(images * num_classes, channels).index_add_(0, region, rows)
+    counts = torch.bincount(region, minlength=images * num_classes).clamp(min=1)
+    return (sums / counts[:, None]).view(images, num_classes, channels)
