@@ -10,6 +10,7 @@ they mean to PyTorch; without an arch list, the visible GPUs decide.
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from setuptools.command.build import build
 try:
     import torch
     from torch.utils import cpp_extension
-except ImportError as error:
+except (ImportError, OSError) as error:
     torch, no_torch = None, f"PyTorch cannot be imported in the build environment: {error}"
 
 MODES = ("auto", "cuda", "cpu", "none")
@@ -32,7 +33,7 @@ if MODE not in MODES:
 
 # where no GPU is visible: one architecture per generation, and PTX for what comes after
 ARCHS = "8.0;9.0+PTX"
-CPU_SOURCES = ["csrc/regions.cpp"]
+CPU_SOURCES = [path.as_posix() for path in sorted(Path("csrc").glob("*.cpp"))]
 CUDA_SOURCES = [path.as_posix() for path in sorted(Path("csrc/cuda").glob("*.cu"))]
 # torch 2.10 and later load what is built against this target, whatever torch builds it
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
@@ -60,6 +61,9 @@ def no_cpu_reason() -> str | None:
         return f"torch {torch.__version__} is older than 2.10, the first with this stable ABI"
     if sys.platform == "win32":
         return "the extension is not built on Windows"
+    compiler = shlex.split(cpp_extension.get_cxx_compiler())[0]
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler: {compiler} is not found (set CXX)"
     return None
 
 
@@ -192,11 +196,11 @@ if extensions:
                     if with_cuda:
                         vars(self.extensions[0]).update(vars(extension(None)))
                     else:
-                        self.extensions.clear()
+                        self.extensions = []
                         record["left_out"].setdefault("cuda", reason)
             else:
                 return
-            compiler = [cpp_extension.get_cxx_compiler(), "--version"]
+            compiler = [*shlex.split(cpp_extension.get_cxx_compiler()), "--version"]
             record["built"] = ["cpu", "cuda"] if with_cuda else ["cpu"]
             record["torch"] = torch.__version__
             record["compiler"] = subprocess.check_output(compiler, text=True).splitlines()[0]

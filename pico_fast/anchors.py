@@ -62,7 +62,7 @@ def draw_anchors(
         taken, _ = draw_pixels(hard, lot, hard_counts, hard_quota, max_samples)
         is_taken = torch.zeros(flat.numel() + 1, dtype=torch.bool, device=flat.device)
         is_taken = is_taken.index_fill_(0, torch.where(taken >= 0, taken, flat.numel()), True)
-        wrong = is_taken[:-1]
+        wrong = is_taken.narrow(0, 0, flat.numel())
         hard_counts = segment_counts(torch.where(wrong, pair, n_pairs), n_pairs)
         easy_counts = counts - hard_counts
         again = reference.hash32(seed, reference.ANCHOR_EASY, pixel)

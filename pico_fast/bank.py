@@ -62,8 +62,7 @@ class MemoryBank(nn.Module):
         checks.integer("region_queue_size", region_queue_size, 0)
         checks.integer("pixels_per_image", pixels_per_image, 1)
         checks.integer("seed", seed, -(2**63), 2**63 - 1)
-        if dtype not in checks.FLOATING:
-            raise TypeError(f"dtype: expected one of {checks.FLOATING}, got {dtype!r}")
+        checks.floating_dtype("dtype", dtype)
         self._is_reference = checks.implementation(impl)
         self.num_classes = num_classes
         self.embedding_dim = embedding_dim
@@ -88,10 +87,10 @@ class MemoryBank(nn.Module):
     def keys(self) -> tuple[Tensor, Tensor]:
         """All slots as keys: views of the bank [C·(P + R), D] and their labels, -1 where empty."""
         slot = torch.arange(self.storage.shape[1], device=self.storage.device)
-        in_pixels = slot < self.pixel_count[:, None]
+        in_pixels = slot < self.pixel_count.unsqueeze(1)
         region = slot - self.pixel_queue_size
-        in_regions = (region >= 0) & (region < self.region_count[:, None])
-        classes = torch.arange(self.num_classes, device=slot.device)[:, None]
+        in_regions = (region >= 0) & (region < self.region_count.unsqueeze(1))
+        classes = torch.arange(self.num_classes, device=slot.device).unsqueeze(1)
         labels = torch.where(in_pixels | in_regions, classes, -1)
         return self.storage.flatten(0, 1), labels.flatten()
 
@@ -149,7 +148,9 @@ class MemoryBank(nn.Module):
             return
         pixel = torch.arange(flat.numel(), device=flat.device)
         n_segments = self.num_classes * images
-        segment = torch.where(flat >= 0, flat * images + pixel // labels[0].numel(), n_segments)
+        segment = torch.where(
+            flat >= 0, flat * images + pixel // (labels.shape[1] * labels.shape[2]), n_segments
+        )
         counts = segment_counts(segment, n_segments)
         quota = counts.clamp(max=self.pixels_per_image)
         capacity = min(n_segments * self.pixels_per_image, flat.numel())
@@ -183,21 +184,21 @@ class MemoryBank(nn.Module):
         stored = (classes >= 0) & rows.isfinite().all(1)
         classes = classes.clamp(min=0)
         added = torch.zeros_like(count).scatter_add_(0, classes, stored.long())
-        place = stored.long().cumsum(0) - 1 - (added.cumsum(0) - added)[classes]
+        place = stored.long().cumsum(0) - 1 - (added.cumsum(0) - added).gather(0, classes)
         # of more entries than the ring has slots only the last ones stay
-        stored &= place >= added[classes] - ring_size
-        slot = first_slot + (next_slot[classes] + place) % ring_size
+        stored &= place >= added.gather(0, classes) - ring_size
+        slot = first_slot + (next_slot.gather(0, classes) + place) % ring_size
         target = classes * self.storage.shape[1] + slot
         # entries without a place repeat the first stored one, or rewrite row 0 with itself: a plain
         # write of fixed size in which equal targets carry equal rows
         flat = self.storage.flatten(0, 1)
         some = stored.any()
-        leader = stored.long().argmax()
-        target = torch.where(stored, target, torch.where(some, target[leader], 0))
-        filler = torch.where(some, rows[leader], flat[0])
-        flat[target] = torch.where(stored[:, None], rows, filler)
-        next_slot.copy_((next_slot + added) % ring_size)
-        count.copy_((count + added).clamp(max=ring_size))
+        leader = stored.long().argmax().view(1)
+        target = torch.where(stored, target, torch.where(some, target.gather(0, leader), 0))
+        filler = torch.where(some, rows.index_select(0, leader), flat.narrow(0, 0, 1))
+        flat.index_put_((target,), torch.where(stored.unsqueeze(1), rows, filler))
+        next_slot.add_(added).remainder_(ring_size)
+        count.add_(added).clamp_(max=ring_size)
 
     def reset(self) -> None:
         """Empty both queues and start again at step 0."""

@@ -86,6 +86,12 @@ def number(
     return float(value)
 
 
+def floating_dtype(name: str, value: object) -> None:
+    """Raise unless `value` is one of the dtypes that embeddings are kept in."""
+    if value not in FLOATING:
+        raise TypeError(f"{name}: expected one of {FLOATING}, got {value!r}")
+
+
 def choice(name: str, value: object, options: Iterable[str | None]) -> None:
     """Raise unless `value` is one of `options`."""
     options = tuple(options)

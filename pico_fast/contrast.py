@@ -124,7 +124,7 @@ class _Contrast(torch.autograd.Function):
             if chosen is None:
                 hardest = ops.select_keys(*pairs, "hardest", 1, pool, hard_fraction, seed)[1]
             else:
-                hardest = chosen[1][:, :pool]
+                hardest = chosen[1].narrow(1, 0, min(pool, chosen[1].shape[1]))
             mixed = ops.mix_negatives(
                 anchors, keys, hardest, negative_negative, negative_anchor, temperature, seed
             )
@@ -158,7 +158,7 @@ class _Contrast(torch.autograd.Function):
         gradient, *second_pass = ctx.saved_tensors
         grad_anchors = grad_keys = None
         if ctx.needs_input_grad[0]:
-            grad_anchors = gradient * grad_loss[:, None]
+            grad_anchors = gradient * grad_loss.unsqueeze(1)
         if second_pass:
             ops = torch.ops.pico_fast
             if ctx.sampled:

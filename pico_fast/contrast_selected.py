@@ -4,13 +4,16 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, softplus
+from torch.nn.functional import softplus
 
 from pico_fast.contrast_any import merge_mixes
 from pico_fast.selection import product_dtype
 
 # values of gathered rows, or of a block of dense weights, held at a time
 _BLOCK = 2**24
+_KEY_TILE = 2**13
+# a product with a matrix that is mostly 0 beats reading scattered rows up to so many keys a pick
+_DENSE = 64
 
 
 def _weighted_rows(
@@ -19,19 +22,38 @@ def _weighted_rows(
     weight: Tensor,  # [A, n], 0 where there is none
 ) -> Tensor:
     """Sum of the indexed keys by weight, in the weight's dtype: [A, D]."""
-    none = (index < 0).all(1, keepdim=True)
-    # behind the last stands a row's own largest pick: weight 0 on any other row would spread its nan
-    index = torch.where(index < 0, index.amax(1, keepdim=True).clamp(min=0), index)
-    if keys.dtype == weight.dtype and keys.dtype == torch.float32:
-        out = embedding_bag(index, keys, mode="sum", per_sample_weights=weight)
-    else:
-        out = weight.new_empty(index.shape[0], keys.shape[1])
-        block = max(1, _BLOCK // (index.shape[1] * keys.shape[1]))
+    n_keys, n = keys.shape[0], index.shape[1]
+    out = weight.new_zeros(index.shape[0], keys.shape[1])
+    if n_keys <= _DENSE * n:
+        block = max(1, _BLOCK // (n_keys + 1))
         for first in range(0, index.shape[0], block):
             here = slice(first, first + block)
-            rows = keys[index[here]].to(weight.dtype)
-            out[here] = torch.bmm(weight[here, None], rows)[:, 0]
+            dense = _dense(index[here], weight[here], n_keys)
+            for start in range(0, n_keys, _KEY_TILE):
+                # a slot that nobody picked may hold anything; 0 x nan would still be nan
+                tile = keys[start : start + _KEY_TILE].to(weight.dtype).nan_to_num(0.0, 0.0, 0.0)
+                out[here].addmm_(dense[:, start : start + _KEY_TILE], tile)
+        return out
+    # behind the last stands a row's own largest pick: weight 0 on any other row would spread its nan
+    none = (index < 0).all(1, keepdim=True)
+    index = torch.where(index < 0, index.amax(1, keepdim=True).clamp(min=0), index)
+    block = max(1, _BLOCK // (n * keys.shape[1]))
+    for first in range(0, index.shape[0], block):
+        here = slice(first, first + block)
+        rows = keys[index[here]].to(weight.dtype)
+        out[here] = torch.bmm(weight[here, None], rows)[:, 0]
     return out.masked_fill(none, 0.0)
+
+
+def _dense(
+    index: Tensor,  # [n, k] int64, all different in a row, -1 where there is none
+    weight: Tensor,  # [n, k], 0 where there is none
+    num_keys: int,
+) -> Tensor:
+    """The weights as a matrix [n, K], 0 for every key that was not picked."""
+    dense = weight.new_zeros(index.shape[0], num_keys + 1)
+    # only the column that is cut off takes several
+    return dense.scatter_(1, torch.where(index < 0, num_keys, index), weight)[:, :-1]
 
 
 def _weights(
@@ -113,17 +135,12 @@ def contrast_selected_keys_grad(
     chosen_by = (positive_index, negative_index, positive_similarity, negative_similarity)
     pull, push, _ = _weights(lse, *chosen_by, temperature)
     index = torch.cat([positive_index, negative_index], 1)
-    index = torch.where(index < 0, num_keys, index)
     weight = torch.cat([pull, push], 1) * grad_loss.to(push.dtype)[:, None] / temperature
     out = weight.new_zeros(num_keys, anchors.shape[1])
-    rows = anchors.to(weight.dtype)
     # an anchor without any pick may hold anything; 0 x nan would still be nan in the product
-    rows = rows.masked_fill((index == num_keys).all(1, keepdim=True), 0.0)
+    rows = anchors.to(weight.dtype).masked_fill((index < 0).all(1, keepdim=True), 0.0)
     block = max(1, _BLOCK // (num_keys + 1))
     for first in range(0, rows.shape[0], block):
         here = slice(first, first + block)
-        dense = weight.new_zeros(rows[here].shape[0], num_keys + 1)
-        # picks of a row differ; only the column that is cut off takes several
-        dense.scatter_(1, index[here], weight[here])
-        out.addmm_(dense[:, :-1].T, rows[here])
+        out.addmm_(_dense(index[here], weight[here], num_keys).T, rows[here])
     return out

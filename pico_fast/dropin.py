@@ -70,7 +70,7 @@ class PixelContrastLoss(nn.Module):
         queue: Tensor | None = None,  # [C, T, D]
     ) -> Tensor:
         """The loss of the batch, a scalar; see the class."""
-        check_batch(feats, labels, predict, None)
+        check_batch(feats, labels, predict, None, names=("feats", "predict"))
         if queue is not None:
             checks.tensor("queue", queue, "[C, T, D]", "floating")
             checks.size("queue", queue, 2, feats.shape[1], "channels of feats")

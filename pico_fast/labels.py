@@ -21,8 +21,8 @@ def _source_index(size_in: int, size_out: int, device: torch.device) -> Tensor:
     if size_out == 0:
         return torch.zeros(0, dtype=torch.int64, device=device)
     # interpolating the row numbers themselves takes torch's own rounding, bit for bit
-    rows = torch.arange(size_in, dtype=torch.float32, device=device)[None, None]
-    return interpolate(rows, size=size_out, mode="nearest")[0, 0].long()
+    rows = torch.arange(size_in, dtype=torch.float32, device=device).view(1, 1, size_in)
+    return interpolate(rows, size=size_out, mode="nearest").flatten().long()
 
 
 def to_grid(

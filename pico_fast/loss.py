@@ -17,16 +17,23 @@ PLACEMENTS = ("local", "replicated", "sharded")
 
 
 def check_batch(
-    embeddings: object, labels: object, logits: object, num_classes: int | None
+    embeddings: object,
+    labels: object,
+    logits: object,
+    num_classes: int | None,
+    names: tuple[str, str] = ("embeddings", "logits"),
 ) -> None:
-    """Raise unless embeddings [B, D, H, W], labels [B, h, w] and logits belong together."""
-    checks.tensor("embeddings", embeddings, "[B, D, H, W]", "floating")
+    """Raise unless embeddings [B, D, H, W], labels [B, h, w] and logits belong together.
+
+    `names` are what the caller calls embeddings and logits.
+    """
+    checks.tensor(names[0], embeddings, "[B, D, H, W]", "floating")
     checks.tensor("labels", labels, "[B, h, w]", "integer")
-    checks.size("labels", labels, 0, embeddings.shape[0], "images of embeddings")
-    checks.same_device("labels", labels, "embeddings", embeddings)
+    checks.size("labels", labels, 0, embeddings.shape[0], f"images of {names[0]}")
+    checks.same_device("labels", labels, names[0], embeddings)
     if embeddings.numel() and labels.numel() == 0:
         raise ValueError(f"labels: expected at least one pixel, got {checks.describe(labels)}")
-    check_predictions("logits", logits, num_classes, labels)
+    check_predictions(names[1], logits, num_classes, labels)
 
 
 class PiCoLoss(nn.Module):
@@ -108,7 +115,17 @@ class PiCoLoss(nn.Module):
         check_sampling(sampling, num_positives, num_negatives, hard_fraction)
         check_sizes(max_samples, max_views, min_pixels, easy)
         check_synthesis(synthesis)
+        checks.floating_dtype("bank_dtype", bank_dtype)
+        if bank_dtype not in checks.FLOATING:
+            raise TypeError(f"bank_dtype: expected one of {checks.FLOATING}, got {bank_dtype!r}")
         checks.choice("placement", placement, PLACEMENTS)
+        if process_group is not None and not (
+            torch.distributed.is_available()
+            and isinstance(process_group, torch.distributed.ProcessGroup)
+        ):
+            raise TypeError(
+                f"process_group: expected a ProcessGroup or None, got {checks.describe(process_group)}"
+            )
         self.selection = (sampling, num_positives, num_negatives, float(hard_fraction))
         self.sizes = (max_samples, max_views, min_pixels)
         self.easy = easy
@@ -207,7 +224,7 @@ class PiCoLoss(nn.Module):
         n_used = used.sum()
         hard = torch.zeros_like(used)
         if predictions is not None and labels.numel():
-            hard = (predictions != labels).flatten()[pixel.clamp(min=0)] & used
+            hard = (predictions != labels).flatten().gather(0, pixel.clamp(min=0)) & used
         n_counted = counted.sum().clamp(min=1)
         bank = self.bank
         fills = [
@@ -220,8 +237,8 @@ class PiCoLoss(nn.Module):
         self.stats = {
             "anchors": n_used,
             "hard_anchors": hard.sum() / n_used.clamp(min=1),
-            "positive_similarity": similar.masked_fill(~counted, 0.0).sum() / n_counted,
-            "negative_similarity": away.masked_fill(~counted, 0.0).sum() / n_counted,
+            "positive_similarity": torch.where(counted, similar, 0.0).sum() / n_counted,
+            "negative_similarity": torch.where(counted, away, 0.0).sum() / n_counted,
             "pixel_fill": fills[0],
             "region_fill": fills[1],
         }
@@ -251,8 +268,11 @@ class JointLoss(nn.Module):
         segmentation_loss: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(criterion, nn.Module):
-            raise TypeError(f"criterion: expected a module, got {checks.describe(criterion)}")
+        if not isinstance(criterion, nn.Module) or not hasattr(criterion, "ignore_index"):
+            raise TypeError(
+                "criterion: expected a PiCoLoss or a PixelContrastLoss, got"
+                f" {checks.describe(criterion)}"
+            )
         if segmentation_loss is not None and not callable(segmentation_loss):
             raise TypeError(
                 "segmentation_loss: expected a module of (logits, labels) or None, got"

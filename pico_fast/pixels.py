@@ -8,6 +8,10 @@ without replacement.
 import torch
 from torch import Tensor
 
+# x[i, :, j] as an op: Python's indexing asks for a CUDA runtime even where tensors are only traced
+_index = torch.ops.aten.index.Tensor
+_index_put = torch.ops.aten.index_put_.default
+
 
 def segment_counts(
     segment: Tensor,  # [N] int64 in [0, n_segments]; n_segments: left out
@@ -15,7 +19,7 @@ def segment_counts(
 ) -> Tensor:
     """Pixels of each segment: [n_segments] int64."""
     counts = segment.new_zeros(n_segments + 1)
-    return counts.scatter_add_(0, segment, torch.ones_like(segment))[:n_segments]
+    return counts.scatter_add_(0, segment, torch.ones_like(segment)).narrow(0, 0, n_segments)
 
 
 def draw_pixels(
@@ -39,8 +43,8 @@ def draw_pixels(
     filled = of_slot < quota.numel()
     of_slot = of_slot.clamp(max=quota.numel() - 1)
     first = counts.cumsum(0) - counts
-    place = first[of_slot] + slot - (until - quota)[of_slot]
-    pixel = order[torch.where(filled, place, 0)]
+    place = slot + (first - until + quota).gather(0, of_slot)
+    pixel = order.gather(0, torch.where(filled, place, 0))
     return torch.where(filled, pixel, -1), torch.where(filled, of_slot, -1)
 
 
@@ -51,7 +55,7 @@ class _Gather(torch.autograd.Function):
         ctx.save_for_backward(batch, y, x, filled)
         # the layout alone is kept: the gradient takes it, the features may go
         ctx.like = torch.empty_like(features, device="meta")
-        return features[batch, :, y, x]
+        return _index(features, [batch, None, y, x])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -59,8 +63,8 @@ class _Gather(torch.autograd.Function):
         batch, y, x, filled = ctx.saved_tensors
         out = torch.zeros_like(ctx.like, device=grad.device)
         # no pixel is drawn twice, and empty slots repeat slot 0: plain writes, no sums, no atomics
-        out[batch, :, y, x] = torch.where(filled[:, None], grad, grad[:1])
-        return out, None
+        grad = torch.where(filled.unsqueeze(1), grad, grad.narrow(0, 0, 1))
+        return _index_put(out, [batch, None, y, x], grad), None
 
 
 def _locate(
@@ -70,7 +74,7 @@ def _locate(
     """Pixel, image, row and column of each slot, an empty one standing where slot 0 stands."""
     height, width = features.shape[2:]
     filled = pixel >= 0
-    pixel = torch.where(filled, pixel, pixel[:1].clamp(min=0))
+    pixel = torch.where(filled, pixel, pixel.narrow(0, 0, 1).clamp(min=0))
     return pixel, pixel // (height * width), pixel // width % height, pixel % width, filled
 
 

@@ -40,8 +40,7 @@ SHORTEST_MIX = 1e-2
 def lowbias32(x):
     """The integer hash lowbias32 with the multipliers 0x21f0aaad and 0x735a2d97: a bijection of 32 bits.
 
-    Works on Python integers and int64 tensors of 32-bit words; both multipliers are below 2^31, so no
-    product leaves int64.
+    For Python integers and int64 tensors; both multipliers are below 2^31: no product leaves int64.
     """
     x = x ^ (x >> 16)
     x = (x * 0x21F0AAAD) & WORD
@@ -352,20 +351,13 @@ def region_pool(
 ) -> tuple[Tensor, Tensor]:
     """Mean embedding of each class in each image [B, C, D], 0 where empty, and pixel counts [B, C]."""
     (features,) = _precise(features)
-    classes = torch.arange(num_classes, device=labels.device)[:, None]
-    member = labels.flatten(1)[:, None] == classes
+    member = labels.flatten(1)[:, None] == torch.arange(num_classes, device=labels.device)[:, None]
+    sums = features.new_zeros(len(labels), num_classes, features.shape[1])
+    for b, image in enumerate(features.flatten(2)):
+        for c in range(num_classes):
+            # only the class's own pixels are added: 0 x nan of another would be nan
+            sums[b, c] = image[:, member[b, c]].sum(1)
     counts = member.sum(2)
-    pixels = features.flatten(2).transpose(1, 2)
-    sums = (
-        torch.stack(
-            [
-                torch.stack([image[m].sum(0) for m in image_member])
-                for image, image_member in zip(pixels, member, strict=True)
-            ]
-        )
-        if len(labels)
-        else features.new_zeros(0, num_classes, features.shape[1])
-    )
     return sums / counts.clamp(min=1)[..., None], counts
 
 

@@ -24,6 +24,11 @@ torch.library.define(
     " -> (Tensor positive_index, Tensor negative_index, Tensor positive_similarity,"
     " Tensor negative_similarity)",
 )
+torch.library.define(
+    "pico_fast::pick_keys",
+    "(Tensor similarity, Tensor anchor_labels, Tensor key_labels, bool positive, int count,"
+    " float pool_fraction, Tensor seed, int stream, int first_row, bool in_batch) -> Tensor",
+)
 
 
 class SelectedKeys(NamedTuple):
@@ -76,33 +81,58 @@ def _ranked(
     return torch.where(word == nowhere, -1, reference.WORD - (word & reference.WORD))
 
 
-def _hardest_of_block(
-    hardness: Tensor,  # [n, K]
-    candidate: Tensor,  # [n, K] bool
+def pick_torch(
+    similarity: Tensor,  # [n, K]
+    anchor_labels: Tensor,  # [n] int64
+    key_labels: Tensor,  # [K] int64
+    positive: bool,
     count: int,
-    sampling: str,
-    hard_fraction: float,
+    pool_fraction: float,
     seed: Tensor,  # [] int64
     stream: int,
-    row: Tensor,  # [n, 1] int64 anchor numbers
+    first_row: int,
+    in_batch: bool,
 ) -> Tensor:
-    """`hardest` or `semi_hard` picks of a block of anchors, hardest first: [n, min(count, K)]."""
-    n_keys = hardness.shape[1]
-    if sampling != "semi_hard":
-        return _ranked(hardness, candidate, min(count, n_keys))
-    largest = max(1, math.ceil(hard_fraction * n_keys))
+    """The op `pick_keys` in PyTorch, nothing read back to the host: [n, count].
+
+    The hardest keys on one side of a block of anchors whose first is anchor `first_row`, or, with a
+    pool_fraction above 0, a draw from the hardest of that share; hardest first, -1 behind the last.
+    """
+    n_keys = similarity.shape[1]
+    own = anchor_labels[:, None]
+    row = first_row + torch.arange(own.shape[0], device=own.device)[:, None]
+    candidate = (own >= 0) & (key_labels >= 0) & ((own == key_labels) == positive)
+    if in_batch:
+        candidate &= row != torch.arange(n_keys, device=own.device)
+    hardness = -similarity if positive else similarity
+    width = min(count, n_keys)
+    out = key_labels.new_full((own.shape[0], count), -1)
+    if pool_fraction == 0:
+        out[:, :width] = _ranked(hardness, candidate, width)
+        return out
+    largest = max(1, math.ceil(pool_fraction * n_keys))
     pool = _ranked(hardness, candidate, min(largest, n_keys))
     n = candidate.sum(1, keepdim=True)
-    pool_size = (n.double() * hard_fraction).ceil().long().clamp(min=1)
+    pool_size = (n.double() * pool_fraction).ceil().long().clamp(min=1)
     rank = torch.arange(pool.shape[1], device=pool.device)
     member = (rank < pool_size) & (pool >= 0)
     lot = reference.hash32(seed, stream, row, pool)
     lot = torch.where(member, lot, reference.WORD + 1)
-    lot, rank = lot.topk(min(count, pool.shape[1]), dim=1, largest=False)
+    width = min(count, pool.shape[1])
+    lot, rank = lot.topk(width, dim=1, largest=False)
     # ranks in ascending order are hardest first again
     rank = torch.where(lot > reference.WORD, pool.shape[1], rank).sort(1)[0]
     picked = pool.gather(1, rank.clamp(max=pool.shape[1] - 1))
-    return torch.where(rank < pool.shape[1], picked, -1)
+    out[:, :width] = torch.where(rank < pool.shape[1], picked, -1)
+    return out
+
+
+torch.library.impl("pico_fast::pick_keys", "CompositeExplicitAutograd", pick_torch)
+
+
+@torch.library.register_fake("pico_fast::pick_keys")
+def _(similarity, anchor_labels, key_labels, positive, count, *_):
+    return key_labels.new_empty((similarity.shape[0], count))
 
 
 def _permute(index: Tensor, n: Tensor, seed: Tensor, stream: int, row: Tensor) -> Tensor:
@@ -202,10 +232,9 @@ def _select(
     else:
         width = n_keys
     block = max(1, _BLOCK // max(1, width))
-    row = torch.arange(n_anchors, device=anchors.device)[:, None]
     for first in range(0, n_anchors, block):
         here = slice(first, first + block)
-        queries, own = anchors[here].to(dtype), anchor_labels[here, None]
+        queries = anchors[here].to(dtype)
         if sampling == "random":
             for side, (sign, _) in enumerate(streams):
                 picked = _by_hardness(drawn[side][here], queries, keys, sign)
@@ -214,26 +243,22 @@ def _select(
                 similarity[side][here, : picked.shape[1]] = products
             continue
         products = _similarity(queries, keys)
-        used = (own >= 0) & (key_labels >= 0)
-        same = own == key_labels
-        positive = used & same
-        if in_batch:
-            positive &= row[here] != row[:, 0]
-        for side, candidate in enumerate((positive, used & ~same)):
-            sign, stream = streams[side]
-            picked = _hardest_of_block(
-                sign * products,
-                candidate,
+        for side, (sign, stream) in enumerate(streams):
+            picked = torch.ops.pico_fast.pick_keys.default(
+                products,
+                anchor_labels[here],
+                key_labels,
+                sign < 0,
                 counts[side],
-                sampling,
-                hard_fraction,
+                hard_fraction if sampling == "semi_hard" else 0.0,
                 seed,
                 stream,
-                row[here],
+                first,
+                in_batch,
             )
-            index[side][here, : picked.shape[1]] = picked
+            index[side][here] = picked
             found = products.gather(1, picked.clamp(min=0)).masked_fill_(picked < 0, 0.0)
-            similarity[side][here, : picked.shape[1]] = found
+            similarity[side][here] = found
     return *index, *similarity
 
 

@@ -1,0 +1,50 @@
+"""What the README shows is true: its example runs, its commands exist, its table of options fits."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pico_fast
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs():
+    (example,) = re.findall(r"<!-- run by .*? -->\n```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["loss"].isfinite() and names["head"][0].weight.grad is not None
+    assert names["criterion"].bank.pixel_count.sum() > 0
+
+
+def test_every_command_is_one_that_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+        for target in re.findall(r"\bmake ([a-z]+)\b", text):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+        for path in re.findall(r"`((?:pico_fast|csrc|tests|bench|examples)/[\w./]*)`", text):
+            assert (ROOT / path).exists(), path
+        for path in re.findall(r"\]\((\w[\w/.]*)\)", text):
+            assert (ROOT / path).exists(), path
+    script = (ROOT / "examples" / "train_segmentation.py").read_text()
+    for option in re.findall(r"train_segmentation\.py (.*)", README):
+        for flag in re.findall(r"--[a-z-]+", option):
+            assert f'"{flag}"' in script, flag
+
+
+def test_the_options_have_the_defaults_of_the_table():
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(pico_fast.PiCoLoss).parameters.items()
+    }
+    table = README.split("## Options")[1].split("## How the loss")[0]
+    seen = 0
+    for names, shown in re.findall(r"^\| (`[^|]*`) \| ([^|]*) \|", table, re.MULTILINE):
+        shown = [value.strip(' `"').replace(",", "") for value in re.split(r", (?=\d)", shown)]
+        for name, value in zip(re.findall(r"`(\w+)`", names), shown, strict=False):
+            if name in defaults:
+                seen += 1
+                assert str(defaults[name]) == value.split(" ")[0], name
+    assert seen >= 12
+    assert 171 * 11_000 * 256 * 2 == 963_072_000
