@@ -293,20 +293,23 @@ class JointLoss(nn.Module):
         """Both losses, a scalar; see the class."""
         checks.tensor("logits", logits, "[B, C, h, w]", "floating")
         check_batch(embeddings, labels, logits, None)
+        ignore_index = self.criterion.ignore_index
+        # checked before the criterion writes anything: its own limit may be wider than the logits'
+        full = labels_on_grid(labels, *labels.shape[1:], logits.shape[1], ignore_index)
         contrast = self.criterion(embeddings, labels, logits)
         # a tensor, not a branch: the end of the warm-up recompiles nothing
         weight = self.weight * (self.step >= self.warmup_steps)
         if self.training:
             self.step.add_(1)
-        return self._segmentation(logits, labels) + weight * contrast
+        full = torch.where(full < 0, ignore_index, full)
+        return self._segmentation(logits, full, ignore_index) + weight * contrast
 
-    def _segmentation(self, logits: Tensor, labels: Tensor) -> Tensor:
-        ignore_index = self.criterion.ignore_index
-        labels = labels.long()
-        labels = torch.where(labels < 0, ignore_index, labels)
-        if labels.is_cuda:
-            # an index outside the classes would end the process; the criterion leaves it out, too
-            labels = torch.where(labels < logits.shape[1], labels, ignore_index)
+    def _segmentation(
+        self,
+        logits: Tensor,  # [B, C, h', w']
+        labels: Tensor,  # [B, h, w] int64, ignore_index where left out
+        ignore_index: int,
+    ) -> Tensor:
         if logits.shape[2:] != labels.shape[1:] and logits.numel():
             logits = interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
         if self.segmentation_loss is not None:

@@ -54,7 +54,7 @@ class _Gather(torch.autograd.Function):
         pixel, batch, y, x, filled = _locate(features, pixel)
         ctx.save_for_backward(batch, y, x, filled)
         # the layout alone is kept: the gradient takes it, the features may go
-        ctx.like = torch.empty_like(features, device="meta")
+        ctx.like = torch.zeros_like(features, device="meta")
         return _index(features, [batch, None, y, x])
 
     @staticmethod
