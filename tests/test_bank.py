@@ -36,7 +36,11 @@ def test_after_any_sequence_it_is_the_reference_bank(sizes, dtype):
         assert torch.equal(fast.pixel_next, slow.pixel_next)
         p = sizes[0]
         assert torch.equal(fast.storage[:, :p], slow.storage[:, :p])
-        torch.testing.assert_close(fast.storage[:, p:], slow.storage[:, p:])
+        # region means are sums of float32 in another order, rounded to the bank's dtype
+        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(
+            fast.storage[:, p:], slow.storage[:, p:], rtol=tolerance, atol=tolerance / 10
+        )
     assert fast.step == 7
 
 
