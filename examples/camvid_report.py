@@ -21,7 +21,11 @@ from train_segmentation import parse, settings_of
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BASELINE = "ce"
-NAMES = {"ce": "cross-entropy", "pico": "cross-entropy + PiCo"}
+NAMES = {
+    "ce": "cross-entropy",
+    "pico": "cross-entropy + PiCo",
+    "pico-warmup": "cross-entropy + PiCo, warm-up",
+}
 COLOURS = ("#555555", "#c0392b", "#2471a3", "#1e8449", "#7d3c98", "#b9770e")
 # two-sided 95 % quantiles of Student's t, by degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -91,8 +91,8 @@ def draw_picture(
     left, right = figure.subfigures(1, 2, width_ratios=(4 * 2.1, 7))
     names = list(predictions)
     grid = left.subplots(SHOWN, 2 + len(names), squeeze=False)
-    for row, scene in zip(grid, pick_scenes(labels, SHOWN), strict=False):
-        first = row is grid[0]
+    for number, scene in enumerate(pick_scenes(labels, SHOWN)):
+        row, first = grid[number], number == 0
         photograph = ((images[scene].permute(1, 2, 0).numpy() + 1) / 2).clip(0, 1)
         _show(row[0], photograph, "image" if first else "")
         _show(row[1], colour_labels(labels[scene]), "ground truth" if first else "")
@@ -116,7 +116,10 @@ def draw_picture(
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_aspect("equal", adjustable="datalim")
-    right.suptitle("features before the classifier, the same test pixels in both maps", fontsize=12)
+    right.suptitle(
+        "features before the classifier (centred, unit length); the same test pixels in both",
+        fontsize=12,
+    )
     marks = [Line2D([], [], marker="s", linestyle="", color=c, markersize=9) for c in COLOURS]
     figure.legend(marks, CLASSES, loc="outside lower center", ncols=len(CLASSES), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -292,7 +292,9 @@ class JointLoss(nn.Module):
     ) -> Tensor:
         """Both losses, a scalar; see the class."""
         checks.tensor("logits", logits, "[B, C, h, w]", "floating")
-        check_batch(embeddings, labels, logits, None)
+        # the drop-in's num_classes is only an upper bound, that of the whole method is exact
+        is_exact = isinstance(self.criterion, PiCoLoss)
+        check_batch(embeddings, labels, logits, self.criterion.num_classes if is_exact else None)
         ignore_index = self.criterion.ignore_index
         # checked before the criterion writes anything: its own limit may be wider than the logits'
         full = labels_on_grid(labels, *labels.shape[1:], logits.shape[1], ignore_index)
