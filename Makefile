@@ -3,9 +3,13 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# what `make check` compiles with warnings as errors; cpu where there is no CUDA toolkit
+CHECK_BUILD ?= cuda
+# every generation that the package has code for, and PTX for those to come
+RELEASE_ARCHS := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh)
 
-.PHONY: help demo test bench check format build clean
+.PHONY: help demo test bench check format build wheel clean
 
 help:
 	@echo "make demo    train a small network with and without the contrast, and draw a picture"
@@ -14,6 +18,7 @@ help:
 	@echo "make check   lint, formatting, and a build with warnings as errors"
 	@echo "make format  format Python and C++"
 	@echo "make build   make the environment and build the package into it"
+	@echo "make wheel   build the wheel for every GPU generation into dist/"
 	@echo "make clean   remove what was built, not the environment"
 
 $(VENV)/.requirements: requirements-dev.txt
@@ -24,6 +29,7 @@ $(VENV)/.requirements: requirements-dev.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.requirements setup.py pyproject.toml kernels/__init__.py $(CSRC)
+	rm -rf build/temp.*  # what nvcc compiled knows nothing of its headers
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -44,9 +50,13 @@ check: $(VENV)/.requirements
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
 	rm -rf build/check
-	PICO_FAST_BUILD=cpu PICO_FAST_WERROR=1 $(PY) setup.py --quiet build_ext \
+	PICO_FAST_BUILD=$(CHECK_BUILD) PICO_FAST_WERROR=1 TORCH_CUDA_ARCH_LIST=9.0 $(PY) setup.py --quiet build_ext \
 	--build-temp build/check --build-lib build/check
 	test -f build/check/pico_fast/_C.abi3.so
+
+wheel: $(VENV)/.requirements
+	PICO_FAST_BUILD=cuda TORCH_CUDA_ARCH_LIST="$(RELEASE_ARCHS)" $(PY) -m pip wheel --quiet \
+	--no-build-isolation --no-deps -w dist .
 
 format: $(VENV)/.requirements
 	$(VENV)/bin/ruff check --fix .

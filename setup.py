@@ -81,7 +81,7 @@ def no_cuda_reason(cuda_home: str | None) -> str | None:
 def extension(cuda_home: str | None) -> Extension:
     """`_C` with CPU kernels, and with CUDA kernels if there is a toolkit."""
     # torch's own headers as system headers: they do not stand up to -Wextra
-    system = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    system = [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
     # messages of the extension name csrc/..., not where it happened to be built
     prefix = f"-ffile-prefix-map={Path.cwd()}/="
     cxx = ["-O3", "-Wall", "-Wextra", "-fvisibility=hidden", prefix, *system, *STABLE_ABI]
@@ -91,7 +91,9 @@ def extension(cuda_home: str | None) -> Extension:
     if cuda_home:
         cpp_extension.CUDA_HOME = cuda_home  # a CPU build of torch leaves it None
         nvcc = ["-O3", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden", *system, *STABLE_ABI]
-        nvcc += ["-Werror", "all-warnings"] if WERROR else []
+        # a spill is a warning: registers that do not fit are a slow kernel that looks like a good one
+        nvcc += ["-Xptxas", "-warn-spills"]
+        nvcc += ["-Werror", "all-warnings", "-Xptxas", "-Werror"] if WERROR else []
         lib = next(path for path in ("lib64", "lib") if (Path(cuda_home) / path).is_dir())
         options = {
             "include_dirs": [f"{cuda_home}/include"],

@@ -1,82 +1,29 @@
 // Region pooling on a CPU: the mean feature of every class in every image, and its gradient.
 //
-// B images, D channels, P = H * W pixels, C classes. A label outside [0, C) stands for row C, which
-// is summed like the others and dropped at the end: no branch per pixel, no write out of bounds.
-//
-// Features lie in planes (NCHW: [B, D, P]) or in pixels (channels_last: [B, P, D]). One task owns a
-// block of channels of one image and adds its pixels in their order: the bits of a sum depend
-// neither on the layout nor on the number of threads.
+// A label outside [0, C) stands for row C, which is summed like the others and dropped at the end:
+// no branch per pixel, no write out of bounds. One task owns a block of channels of one image and
+// adds its pixels in their order: the bits of a sum depend neither on the layout nor on the number
+// of threads.
+
+#include "regions.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cstdint>
 #include <memory>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
+namespace pico_fast {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
-using torch::stable::Tensor;
 
 // Planes that one task walks side by side: enough independent chains of additions to hide their
 // latency, and no more than the ways of a first-level cache, because planes that are a power of two
 // apart fall into the same set.
 constexpr int64_t kPlanes = 8;
-
-template <typename T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename F>
-void with_feature_type(ScalarType type, F&& call) {
-  switch (type) {
-    case ScalarType::Float:
-      return call(float{});
-    case ScalarType::BFloat16:
-      return call(torch::headeronly::BFloat16{});
-    case ScalarType::Half:
-      return call(torch::headeronly::Half{});
-    case ScalarType::Double:
-      return call(double{});
-    default:
-      STD_TORCH_CHECK(false, "features: expected float32, bfloat16, float16 or float64");
-  }
-}
-
-template <typename F>
-void with_label_type(ScalarType type, F&& call) {
-  switch (type) {
-    case ScalarType::Long:
-      return call(int64_t{});
-    case ScalarType::Int:
-      return call(int32_t{});
-    case ScalarType::Byte:
-      return call(uint8_t{});
-    default:
-      STD_TORCH_CHECK(false, "labels: expected int64, int32 or uint8");
-  }
-}
-
-// Whether x [B, D, H, W] lies pixel by pixel; the stride of a dimension of size 1 means nothing.
-bool in_pixels(const Tensor& x) {
-  const int64_t order[] = {1, 3, 2, 0};
-  int64_t stride = 1;
-  for (int64_t dim : order) {
-    if (x.size(dim) != 1 && x.stride(dim) != stride) return false;
-    stride *= x.size(dim);
-  }
-  return true;
-}
 
 // The row [B, P] that each pixel is added to, and how many pixels each class has: counts [B, C].
 std::vector<int32_t> rows_and_counts(const Tensor& labels, int64_t C, int64_t* counts) {
@@ -132,8 +79,8 @@ void pool(const T* features, const int32_t* rows, const int64_t* counts, int64_t
           int64_t D, int64_t C, bool pixels, Sum<T>* means) {
   // One task sums a stretch of pixels, so short that float32 loses little, so long that the sums
   // are few next to the pixels. The stretches' sums are then added in their order, in float64.
-  const int64_t stretch = std::max<int64_t>(1024, 16 * C), stretches = (P + stretch - 1) / stretch;
-  const int64_t width = pixels ? D : kPlanes, blocks = pixels ? 1 : (D + width - 1) / width;
+  const int64_t stretch = std::max<int64_t>(1024, 16 * C), stretches = divide_up(P, stretch);
+  const int64_t width = pixels ? D : kPlanes, blocks = pixels ? 1 : divide_up(D, width);
   const int64_t size = (C + 1) * width;
   const std::unique_ptr<Sum<T>[]> sums(new Sum<T>[B * stretches * blocks * size]);
 
@@ -177,17 +124,12 @@ void pool(const T* features, const int32_t* rows, const int64_t* counts, int64_t
 
 // features [B, D, H, W], labels [B, H, W] -> means [B, C, D] and counts [B, C]
 std::tuple<Tensor, Tensor> region_pool(const Tensor& features, const Tensor& labels, int64_t C) {
-  STD_TORCH_CHECK(features.dim() == 4 && labels.dim() == 3, "expected [B, D, H, W] and [B, H, W]");
-  const int64_t B = features.size(0), D = features.size(1), H = features.size(2);
-  const int64_t W = features.size(3), P = H * W;
-  STD_TORCH_CHECK(labels.size(0) == B && labels.size(1) == H && labels.size(2) == W,
-                  "labels: expected the features' batch, height and width");
-  STD_TORCH_CHECK(C > 0 && C < INT32_MAX, "num_classes: expected a positive int32");
-  const bool pixels = !features.is_contiguous() && in_pixels(features);
+  check_forward(features, labels, C);
+  const int64_t B = features.size(0), D = features.size(1);
+  const int64_t P = features.size(2) * features.size(3);
+  const bool pixels = in_pixels(features);
   const Tensor dense = pixels ? features : torch::stable::contiguous(features);
-  const bool wide = features.scalar_type() == ScalarType::Double;
-  Tensor means =
-      torch::stable::new_empty(features, {B, C, D}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor means = torch::stable::new_empty(features, {B, C, D}, sum_type(features.scalar_type()));
   Tensor counts = torch::stable::new_empty(features, {B, C}, ScalarType::Long);
   int64_t* count = static_cast<int64_t*>(counts.mutable_data_ptr());
   const std::vector<int32_t> rows = rows_and_counts(labels, C, count);
@@ -221,16 +163,9 @@ std::vector<T> gradient_table(const Sum<T>* grad_means, const int64_t* counts, i
 // grad_means [B, C, D], labels [B, H, W], counts [B, C] -> gradient of the features [B, D, H, W]
 Tensor region_pool_backward(const Tensor& grad_means, const Tensor& labels, const Tensor& counts,
                             ScalarType dtype, bool pixels) {
-  STD_TORCH_CHECK(grad_means.dim() == 3 && labels.dim() == 3 && counts.dim() == 2,
-                  "expected [B, C, D], [B, H, W] and [B, C]");
+  check_backward(grad_means, labels, counts, dtype);
   const int64_t B = grad_means.size(0), C = grad_means.size(1), D = grad_means.size(2);
   const int64_t H = labels.size(1), W = labels.size(2), P = H * W;
-  STD_TORCH_CHECK(labels.size(0) == B && counts.size(0) == B && counts.size(1) == C,
-                  "labels and counts: expected the batch and the classes of grad_means");
-  const bool wide = dtype == ScalarType::Double;
-  STD_TORCH_CHECK(grad_means.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-                  "grad_means: expected float64 for float64 features, else float32");
-  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long, "counts: expected int64");
   const Tensor dense = torch::stable::contiguous(grad_means);
   const Tensor dense_counts = torch::stable::contiguous(counts);
   const int64_t* count = static_cast<const int64_t*>(dense_counts.const_data_ptr());
@@ -263,8 +198,9 @@ Tensor region_pool_backward(const Tensor& grad_means, const Tensor& labels, cons
 }
 
 }  // namespace
+}  // namespace pico_fast
 
 STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) {
-  m.impl("region_pool", TORCH_BOX(&region_pool));
-  m.impl("region_pool_backward", TORCH_BOX(&region_pool_backward));
+  m.impl("region_pool", TORCH_BOX(&pico_fast::region_pool));
+  m.impl("region_pool_backward", TORCH_BOX(&pico_fast::region_pool_backward));
 }

@@ -72,7 +72,8 @@ def report() -> str:
     lines = [
         f"pico_fast {pico_fast.__version__}, in {Path(__file__).parent}",
         f"Python {platform.python_version()} on {platform.platform()}",
-        *(f"{package} {_version(package)}" for package in ("torch", "triton", "numpy")),
+        f"torch {torch.__version__}",
+        *(f"{package} {_version(package)}" for package in ("triton", "numpy")),
         "",
         f"built: {' and '.join(build.get('built', [])) or 'nothing'}"
         f" (asked for: {build.get('asked', 'never built')})",

@@ -8,6 +8,8 @@ without replacement.
 import torch
 from torch import Tensor
 
+torch.library.define("pico_fast::gather_pixels", "(Tensor features, Tensor pixel) -> Tensor")
+
 # x[i, :, j] as an op: Python's indexing asks for a CUDA runtime even where tensors are only traced
 _index = torch.ops.aten.index.Tensor
 _index_put = torch.ops.aten.index_put_.default
@@ -48,34 +50,50 @@ def draw_pixels(
     return torch.where(filled, pixel, -1), torch.where(filled, of_slot, -1)
 
 
+def _locate(
+    features: Tensor,  # [B, D, H, W]
+    pixel: Tensor,  # [n] int64 into B·H·W
+) -> list[Tensor | None]:
+    """The index of rows [n, D] in features: image, row and column of each pixel."""
+    height, width = features.shape[2:]
+    return [pixel // (height * width), None, pixel // width % height, pixel % width]
+
+
+def gather_torch(
+    features: Tensor,  # [B, D, H, W]
+    pixel: Tensor,  # [n] int64 into B·H·W
+) -> Tensor:
+    """The op `gather_pixels` in PyTorch: rows [n, D]; csrc/pixels.cpp has it for a CPU."""
+    return _index(features, _locate(features, pixel))
+
+
+torch.library.impl("pico_fast::gather_pixels", "CompositeExplicitAutograd", gather_torch)
+
+
+@torch.library.register_fake("pico_fast::gather_pixels")
+def _(features, pixel):
+    return features.new_empty((pixel.shape[0], features.shape[1]))
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, pixel):
-        pixel, batch, y, x, filled = _locate(features, pixel)
-        ctx.save_for_backward(batch, y, x, filled)
+        filled = pixel >= 0
+        # an empty slot stands where slot 0 stands
+        pixel = torch.where(filled, pixel, pixel.narrow(0, 0, 1).clamp(min=0))
+        ctx.save_for_backward(pixel, filled)
         # the layout alone is kept: the gradient takes it, the features may go
         ctx.like = torch.zeros_like(features, device="meta")
-        return _index(features, [batch, None, y, x])
+        return torch.ops.pico_fast.gather_pixels.default(features, pixel)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        batch, y, x, filled = ctx.saved_tensors
+        pixel, filled = ctx.saved_tensors
         out = torch.zeros_like(ctx.like, device=grad.device)
         # no pixel is drawn twice, and empty slots repeat slot 0: plain writes, no sums, no atomics
         grad = torch.where(filled.unsqueeze(1), grad, grad.narrow(0, 0, 1))
-        return _index_put(out, [batch, None, y, x], grad), None
-
-
-def _locate(
-    features: Tensor,  # [B, D, H, W]
-    pixel: Tensor,  # [n] int64 into B·H·W, -1 in empty slots
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Pixel, image, row and column of each slot, an empty one standing where slot 0 stands."""
-    height, width = features.shape[2:]
-    filled = pixel >= 0
-    pixel = torch.where(filled, pixel, pixel.narrow(0, 0, 1).clamp(min=0))
-    return pixel, pixel // (height * width), pixel // width % height, pixel % width, filled
+        return _index_put(out, _locate(out, pixel), grad), None
 
 
 def gather_pixels(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pico_fast
+from pico_fast.regions import why_not_compiled
 
 
 def scene(images=3, height=19, width=23, classes=5, seed=0):
@@ -139,3 +140,28 @@ def test_gathered_rows_and_their_gradient(layout):
     expected[pixel[:4]] = weight[:4]
     assert torch.equal(features.grad.permute(0, 2, 3, 1).reshape(-1, 6), expected)
     assert features.grad.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+@pytest.mark.parametrize("layout", ("planes", "pixels", "strided"))
+def test_the_gather_op_takes_any_layout(layout, dtype):
+    from pico_fast.pixels import gather_torch
+
+    features = torch.randn(3, 37, 11, 13).to(dtype)
+    if layout == "pixels":
+        features = features.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        features = features.repeat_interleave(2, 2)[:, :, ::2].transpose(2, 3)
+    pixel = torch.randperm(3 * 11 * 13)[:300]
+    expected = features.permute(0, 2, 3, 1).reshape(-1, 37)[pixel]
+    assert torch.equal(torch.ops.pico_fast.gather_pixels(features, pixel), expected)
+    assert torch.equal(gather_torch(features, pixel), expected)
+    torch.library.opcheck(torch.ops.pico_fast.gather_pixels.default, (features, pixel[:9]))
+
+
+@pytest.mark.skipif(why_not_compiled is not None, reason="no compiled kernels")
+@pytest.mark.parametrize("pixel", (-1, 60, 2**40))
+def test_the_gather_op_reads_nothing_outside(pixel):
+    features = torch.randn(2, 3, 5, 6)
+    with pytest.raises(RuntimeError, match="indices of pixels"):
+        torch.ops.pico_fast.gather_pixels(features, torch.tensor([0, pixel]))

@@ -1,12 +1,15 @@
 """`region_pool`: hand numbers, both implementations against float64, and the ops' contracts."""
 
+import functools
+
+import emulation
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pico_fast
-from pico_fast import reference, regions
+from pico_fast import info, reference, regions
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
@@ -14,26 +17,58 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 needs_compiled = pytest.mark.skipif(
     regions.why_not_compiled is not None, reason=f"no compiled kernels: {regions.why_not_compiled}"
 )
-# the compiled kernels, through the dispatcher, and the PyTorch ones, which other devices run
-IMPLEMENTATIONS = {
-    "compiled": (
-        torch.ops.pico_fast.region_pool.default,
-        torch.ops.pico_fast.region_pool_backward.default,
-    ),
-    "torch": (regions.pool_torch, regions.pool_backward_torch),
-}
-both = pytest.mark.parametrize(
-    "implementation", [pytest.param("compiled", marks=needs_compiled), "torch"]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def on_gpu(op):
+    """`op` on copies of its tensors on the GPU, every stride kept; its results back on the CPU."""
+
+    def there(x):
+        if not isinstance(x, Tensor):
+            return x
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x)
+
+    def run(*args):
+        assert info.implementation(str(op).removesuffix(".default"), "CUDA") == "compiled"
+        out = op(*map(there, args))
+        return out.cpu() if isinstance(out, Tensor) else tuple(x.cpu() for x in out)
+
+    return run
+
+
+@functools.cache
+def ops_of(implementation: str):
+    """Forward and backward: compiled for the CPU or for the GPU, the latter emulated, in PyTorch."""
+    if implementation == "torch":  # what devices run that no kernel is compiled for
+        return regions.pool_torch, regions.pool_backward_torch
+    if implementation == "emulated":
+        return tuple(emulation.load().values())
+    ops = torch.ops.pico_fast.region_pool.default, torch.ops.pico_fast.region_pool_backward.default
+    return tuple(map(on_gpu, ops)) if implementation == "gpu" else ops
+
+
+each = pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param("compiled", marks=needs_compiled),
+        "torch",
+        pytest.param("emulated", marks=needs_compiled),
+        pytest.param("gpu", marks=needs_gpu),
+    ],
 )
 
 # B, D, H, W, C: one of everything; odd sizes, a short last block of planes; several stretches of
-# pixels; stretches of 16 * C pixels; more classes than pixels
+# pixels; stretches of 16 * C pixels; more classes than pixels; planes of whole vectors, of one more
+# group of channels, of an odd size; more classes than a block of the GPU has room for
 SHAPES = [
     (1, 1, 1, 1, 1),
     (2, 19, 7, 13, 5),
     (2, 8, 61, 67, 19),
     (1, 21, 53, 59, 171),
     (3, 5, 11, 17, 1000),
+    (2, 40, 50, 64, 3),
+    (1, 70, 33, 33, 7),
+    (1, 3, 9, 7, 65535),
 ]
 MAPS = ["random", "striped", "one class", "all ignored", "some ignored"]
 LAYOUTS = ["planes", "pixels", "strided"]
@@ -89,7 +124,7 @@ def test_by_hand():
     assert counts.tolist() == [[2, 0, 1], [0, 3, 0]]
 
 
-@both
+@each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", MAPS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -99,7 +134,7 @@ def test_means_against_float64(implementation, dtype, kind, shape):
     labels = label_map(kind, images, height, width, classes)
     truth, expected_counts = by_index_add(features.double(), labels, classes)
     plain, _ = by_index_add(features, labels, classes)
-    pool, _ = IMPLEMENTATIONS[implementation]
+    pool, _ = ops_of(implementation)
     first = None
     for layout in LAYOUTS:
         means, counts = pool(in_layout(features, layout), labels, classes)
@@ -110,7 +145,7 @@ def test_means_against_float64(implementation, dtype, kind, shape):
         assert torch.equal(means, first), f"{layout} differs from {LAYOUTS[0]}"
 
 
-@both
+@each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", MAPS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -122,7 +157,7 @@ def test_gradient_against_float64(implementation, dtype, kind, shape):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     grad_means = torch.randn(images, classes, channels, dtype=wide)
     (truth,) = torch.autograd.grad(means, features, grad_means.double())
-    _, pool_backward = IMPLEMENTATIONS[implementation]
+    _, pool_backward = ops_of(implementation)
     for channels_last in (False, True):
         grad = pool_backward(grad_means, labels, counts, dtype, channels_last)
         order = torch.channels_last if channels_last else torch.contiguous_format
@@ -165,10 +200,10 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: pico_fast.region_pool(x, labels, 3)[0], features)
 
 
-@both
+@each
 @pytest.mark.parametrize("label_dtype", [torch.int64, torch.int32, torch.uint8])
 def test_label_dtypes_and_values_outside(implementation, label_dtype):
-    pool, pool_backward = IMPLEMENTATIONS[implementation]
+    pool, pool_backward = ops_of(implementation)
     labels = torch.randint(0, 256, (2, 9, 8)).to(label_dtype)
     if label_dtype != torch.uint8:
         limits = torch.iinfo(label_dtype)
@@ -192,20 +227,20 @@ def test_public_function_takes_any_integer_labels(label_dtype):
     assert torch.equal(means, expected) and torch.equal(counts, expected_counts)
 
 
-@both
+@each
 def test_a_pixel_that_is_not_finite_stays_in_its_region(implementation):
     features, labels = torch.ones(1, 3, 4, 4), torch.arange(16).view(1, 4, 4) % 4
     features[0, 1, 0, 2], features[0, 2, 0, 3] = float("nan"), float("inf")
-    means, _ = IMPLEMENTATIONS[implementation][0](features, labels, 4)
+    means, _ = ops_of(implementation)[0](features, labels, 4)
     expected = torch.ones(4, 3)
     expected[2, 1], expected[3, 2] = float("nan"), float("inf")
     torch.testing.assert_close(means[0], expected, equal_nan=True)
 
 
-@both
+@each
 @pytest.mark.parametrize("layout", ["planes", "pixels"])
 def test_the_same_bits_for_any_number_of_threads(implementation, layout):
-    pool, pool_backward = IMPLEMENTATIONS[implementation]
+    pool, pool_backward = ops_of(implementation)
     features = in_layout(torch.randn(3, 20, 64, 64), layout)
     labels = label_map("some ignored", 3, 64, 64, 19)
     threads = torch.get_num_threads()
@@ -249,10 +284,10 @@ def test_every_value_is_written(layout):
     assert torch.equal(grad, expected_grad)
 
 
-@both
+@each
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
 def test_empty_inputs(implementation, shape):
-    pool, pool_backward = IMPLEMENTATIONS[implementation]
+    pool, pool_backward = ops_of(implementation)
     labels = torch.zeros(shape[0], *shape[2:], dtype=torch.int64)
     means, counts = pool(torch.ones(shape), labels, 2)
     assert means.shape == (shape[0], 2, shape[1]) and counts.shape == (shape[0], 2)
