@@ -1,5 +1,6 @@
 """Measuring: interleaved rounds, medians and ratios of one run, peak memory in a process of its own."""
 
+import functools
 import json
 import statistics
 import time
@@ -9,33 +10,61 @@ from pathlib import Path
 import pytest
 import torch
 
-RESULTS = Path(__file__).parent / "results"
 ROWS: list[dict] = []
 
 
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def on_cpu(run: Callable[[], object]) -> float:
+    """Seconds of one run by the wall clock."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@functools.cache
+def _larger_than_the_cache() -> torch.Tensor:
+    return torch.empty(2**28, dtype=torch.uint8, device="cuda")
+
+
+def on_gpu(run: Callable[[], object]) -> float:
+    """Seconds of one run on the GPU between two events, its L2 cache cold."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _larger_than_the_cache().zero_()
+    # the GPU waits here until the host has everything queued: launches are not part of the time
+    torch.cuda._sleep(1_000_000)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def interleaved(
+    runs: dict[str, Callable[[], object]], rounds: int, seconds_of: Callable[..., float]
+) -> dict[str, list[float]]:
     """Seconds of each of `runs`, one of each in turn, `rounds` times after one unmeasured round."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
+            elapsed = seconds_of(run)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(elapsed)
     return seconds
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", type=int, default=5, help="measured rounds of each comparison")
-    parser.addoption("--record", help="write the rows to bench/results/NAME.json")
+    parser.addoption("--record", metavar="FILE", type=Path, help="write the rows to this JSON file")
 
 
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark):
-    """compare(case, ours, peers): time all in turn and hand our median to pytest-benchmark."""
+    """compare(case, runs): time all in turn and hand our median to pytest-benchmark."""
 
-    def run(case: str, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-        seconds = interleaved(runs, request.config.getoption("--rounds"))
+    def run(
+        case: str, runs: dict[str, Callable[[], object]], device: str = "cpu"
+    ) -> dict[str, float]:
+        seconds_of = on_gpu if device == "cuda" else on_cpu
+        seconds = interleaved(runs, request.config.getoption("--rounds"), seconds_of)
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         for name, times in seconds.items():
             row = {"case": case, "run": name, "seconds": sorted(times)}
@@ -60,19 +89,18 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
             continue
         median = statistics.median(row["seconds"])
         ratio = median / statistics.median(ours[row["case"]])
-        line = f"{row['case']:{width}}  {row['run']:22} {median * 1e3:10.1f} ms  x {ratio:.2f}"
+        line = f"{row['case']:{width}}  {row['run']:22} {median * 1e3:10.3f} ms  x {ratio:.2f}"
         terminalreporter.write_line(line)
-    name = config.getoption("--record")
-    if name:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    path = config.getoption("--record")
+    if path:
+        gpu = torch.cuda.is_available()
         machine = {
-            "device": device,
+            "device": torch.cuda.get_device_name() if gpu else "cpu",
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"),
         }
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"machine": machine, "rows": ROWS}, indent=1) + "\n")
-        terminalreporter.write_line(f"written: {path.relative_to(Path(__file__).parents[1])}")
+        terminalreporter.write_line(f"written: {path}")

@@ -209,6 +209,8 @@ def op_calls(name, keyed):
     pairs, seed = (anchors, anchor_labels, keys, key_labels), torch.tensor(3)
     if name == "labels_on_grid":
         return (torch.randint(0, 4, (2, 6, 8)), 3, 5, 4, 255)
+    if name == "gather_pixels":
+        return (torch.randn(2, 5, 4, 3), torch.randperm(24)[:7])
     if name == "select_keys":
         return (*pairs, "semi_hard", 3, 4, 0.5, seed)
     if name == "pick_keys":

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command of at most 8 minutes: tests, sanitizers, benchmarks.
+#
+#   bench/gpu.sh [FOLDER]     logs and a results file named after the device go to FOLDER
+#
+# python3 has to have torch, triton, numpy, pytest, pytest-benchmark and hypothesis. A wheel in dist/ is
+# installed as it is; without one the extension is compiled for the GPU at hand.
+set -uo pipefail
+root=$(realpath "$(dirname "$0")/..")
+out=$(realpath -m "${1:-$root/bench/results}")
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1
+failed=0
+
+step() {  # step NAME SECONDS COMMAND...: run, keep the log, say how it went
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  local status=$?
+  echo "== $name: exit $status after $((SECONDS - start)) s"
+  tail -n 30 "$out/$name.log" | cut -c1-160
+  [ $status -eq 0 ] || failed=1
+}
+
+if ls "$root"/dist/*.whl >/dev/null 2>&1; then
+  what=("$root"/dist/*.whl)
+else
+  what=("$root")
+  export PICO_FAST_BUILD=cuda
+fi
+step install 200 python3 -m pip install --no-deps --no-build-isolation --force-reinstall "${what[@]}"
+
+cd "$out"  # not the root: its pico_fast/ would stand before the installed one
+step info 30 python3 -m pico_fast.info
+step tests 150 python3 -m pytest -q -rf -p no:cacheprovider "$root/tests" -k "gpu or GPU"
+for tool in memcheck racecheck; do
+  step $tool 60 compute-sanitizer --tool $tool --error-exitcode 1 python3 "$root/tests/sanitize.py"
+done
+device=$(python3 -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
+step bench 150 python3 -m pytest -q -p no:cacheprovider "$root/bench/bench_gpu.py" --rounds 20 \
+  --record "$out/$device.json"
+exit $failed
