@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.functional import interpolate, normalize
 
 import pico_fast
-from pico_fast import contrast_any, contrast_selected, reference, selection, synthesis
+from pico_fast import contrast_any, contrast_selected, pixels, reference, selection, synthesis
 from pico_fast.labels import _on_grid
 
 # the compiler lists torch's functions once; it must see the true ones, before a fixture wraps any
@@ -323,6 +323,7 @@ INSIDE = {
     "mix_negatives": synthesis._mix_negatives,
     "contrast_all": contrast_any.contrast_all,
     "contrast_all_keys_grad": contrast_any.contrast_all_keys_grad,
+    "gather_pixels": pixels.gather_torch,
     "contrast_selected": contrast_selected.contrast_selected,
     "contrast_selected_keys_grad": contrast_selected.contrast_selected_keys_grad,
 }
