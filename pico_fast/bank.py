@@ -94,6 +94,12 @@ class MemoryBank(nn.Module):
         labels = torch.where(in_pixels | in_regions, classes, -1)
         return self.storage.flatten(0, 1), labels.flatten()
 
+    def segments(self) -> Tensor:
+        """Where the filled slots lie: [C, 2, 2] int64, first key and how many, of pixels and regions."""
+        first = torch.arange(self.num_classes, device=self.storage.device) * self.storage.shape[1]
+        parts = (first, self.pixel_count, first + self.pixel_queue_size, self.region_count)
+        return torch.stack(parts, 1).view(-1, 2, 2)
+
     @torch.no_grad()
     def enqueue(
         self,

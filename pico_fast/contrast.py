@@ -13,6 +13,8 @@ Keys of a bank carry no gradient, so the backward is a scale of a saved matrix; 
 (in batch) a second pass makes theirs.
 """
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ _ROWS = (
 torch.library.define(
     "pico_fast::contrast_all",
     "(Tensor anchors, Tensor anchor_labels, Tensor? keys, Tensor? key_labels, Tensor? mix_lse,"
-    f" Tensor? mix_mean, float temperature, bool want_gradient) -> {_ROWS}",
+    f" Tensor? mix_mean, float temperature, bool want_gradient, Tensor? segments=None) -> {_ROWS}",
 )
 torch.library.define(
     "pico_fast::contrast_all_keys_grad",
@@ -59,6 +61,24 @@ def _register(op: str, key: str, function) -> None:
     torch.library.impl(f"pico_fast::{op}", key, without_autocast)
 
 
+def _in_triton(op: str):
+    """The op on an NVIDIA GPU: Triton, but for the dtypes and widths that its kernels are not for."""
+
+    def run(anchors, anchor_labels_or_grad, *rest):
+        from pico_fast import contrast_gpu  # imports Triton
+
+        tensors = (anchors, rest[0]) if op == "contrast_all" else (anchor_labels_or_grad, rest[1])
+        page = contrast_gpu if contrast_gpu.takes(*tensors) else contrast_any
+        with torch.cuda.device(anchors.device):
+            return getattr(page, op)(anchors, anchor_labels_or_grad, *rest)
+
+    return run
+
+
+has_triton = importlib.util.find_spec("triton") is not None and torch.version.hip is None
+if has_triton:
+    for _name in ("contrast_all", "contrast_all_keys_grad"):
+        _register(_name, "CUDA", _in_triton(_name))
 for _key, _page in (("CPU", contrast_cpu), ("CompositeExplicitAutograd", contrast_any)):
     _register("contrast_all", _key, _page.contrast_all)
     _register("contrast_all_keys_grad", _key, _page.contrast_all_keys_grad)
@@ -75,8 +95,8 @@ def _fake_rows(anchors: Tensor, keys: Tensor | None, want_gradient: bool) -> tup
 
 
 @torch.library.register_fake("pico_fast::contrast_all")
-def _(anchors, anchor_labels, keys, key_labels, mix_lse, mix_mean, temperature, want_gradient):
-    return _fake_rows(anchors, keys, want_gradient)
+def _(anchors, anchor_labels, keys, key_labels, mix_lse, mix_mean, temperature, want, segments=None):
+    return _fake_rows(anchors, keys, want)
 
 
 @torch.library.register_fake("pico_fast::contrast_all_keys_grad")
@@ -110,6 +130,7 @@ class _Contrast(torch.autograd.Function):
         num_negatives,
         hard_fraction,
         mixes,
+        segments,
     ):
         ops = torch.ops.pico_fast
         wants_anchors, wants_keys = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
@@ -129,7 +150,7 @@ class _Contrast(torch.autograd.Function):
                 anchors, keys, hardest, negative_negative, negative_anchor, temperature, seed
             )
         if chosen is None:
-            found = ops.contrast_all(*pairs, *mixed, temperature, wants_anchors)
+            found = ops.contrast_all(*pairs, *mixed, temperature, wants_anchors, segments)
         else:
             found = ops.contrast_selected(
                 anchors, keys, *chosen, *mixed, temperature, wants_anchors
@@ -173,7 +194,7 @@ class _Contrast(torch.autograd.Function):
             grad_anchors = grad_anchors.to(ctx.dtype)
         if grad_keys is not None:
             grad_keys = grad_keys.to(ctx.keys_dtype)
-        return grad_anchors, None, grad_keys, *[None] * 8
+        return grad_anchors, None, grad_keys, *[None] * 9
 
 
 def contrast_rows(
@@ -189,8 +210,9 @@ def contrast_rows(
     hard_fraction: float,
     synthesis: Synthesis | None,
     is_reference: bool,
+    segments: Tensor | None = None,  # [C, G, 2] int64, first row and length of each part of each class
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`contrast` behind its checks, anchor by anchor.
+    """`contrast` behind its checks, anchor by anchor; "all" takes segments in the place of key_labels.
 
     Returns loss [A], whether the anchor has a positive [A] bool, and the mean inner product with the
     positives and with the negatives that it is compared with [A].
@@ -201,7 +223,7 @@ def contrast_rows(
     choice = (sampling, num_positives, num_negatives, hard_fraction)
     if not is_reference:
         pairs = (anchors, anchor_labels, keys, key_labels)
-        return _Contrast.apply(*pairs, seed, temperature, *choice, mixes)
+        return _Contrast.apply(*pairs, seed, temperature, *choice, mixes, segments)
     pairs = (anchors, anchor_labels, keys, key_labels)
     loss, counted = reference.contrast(*pairs, temperature, *choice, mixes, seed)
     chosen = reference.select_keys(*pairs, *choice, seed)

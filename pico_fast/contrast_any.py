@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pico_fast.class_order import labels_of_segments
 from pico_fast.selection import product_dtype
 
 _TILE = 2**13
@@ -37,8 +38,11 @@ def contrast_all(
     mix_mean: Tensor | None,  # [A, D] their softmax mean
     temperature: float,
     want_gradient: bool,
+    segments: Tensor | None = None,  # [C, G, 2] int64, instead of key_labels
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs of the op `pico_fast::contrast_all`; see `pico_fast.contrast`."""
+    if segments is not None:
+        key_labels = labels_of_segments(segments, keys.shape[0])
     in_batch = keys is None
     if in_batch:
         keys, key_labels = anchors, anchor_labels

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pico_fast.class_order import labels_of_segments
 from pico_fast.selection import product_dtype
 
 # similarities of one tile, in a size that stays in the second-level caches
@@ -184,8 +185,11 @@ def contrast_all(
     mix_mean: Tensor | None,  # [A, D] their softmax mean
     temperature: float,
     want_gradient: bool,
+    segments: Tensor | None = None,  # [C, G, 2] int64, instead of key_labels
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs of the op `pico_fast::contrast_all`; see `pico_fast.contrast`."""
+    if segments is not None:
+        key_labels = labels_of_segments(segments, keys.shape[0])
     keys = anchors if keys is None else keys
     dtype = product_dtype(anchors, keys)
     layout = _layout(anchor_labels, key_labels, _tile_size(anchors.shape[0]))

@@ -49,7 +49,9 @@ def implementation(op: str, device: str) -> str:
     if torch._C._dispatch_has_kernel_for_dispatch_key(op, device):
         table = torch._C._dispatch_dump(op).splitlines()
         origin = next(line for line in table if line.startswith(f"{device}: "))
-        return "compiled" if "csrc" in origin else f"PyTorch, made for {device}"
+        if "csrc" in origin:
+            return "compiled"
+        return f"PyTorch, made for {device}" if device == "CPU" else "Triton"
     if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CompositeExplicitAutograd"):
         return "PyTorch, any device"
     return "none"
@@ -91,7 +93,7 @@ def report() -> str:
             for name in names
         ),
         *(f"  {reason}" for reason in _why_not_compiled(build)),
-        "  compiled: C++ or CUDA from csrc/. PyTorch: plain PyTorch operations.",
+        "  compiled: C++ or CUDA from csrc/. Triton: kernels/. PyTorch: plain PyTorch operations.",
         "  ROCm, MPS and Windows run the PyTorch implementations; nothing is compiled for them.",
     ]
     return "\n".join(lines)

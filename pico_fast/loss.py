@@ -189,7 +189,11 @@ class PiCoLoss(nn.Module):
         anchors = gather_pixels(embeddings, pixel)
 
         slots = bank.storage.shape[1]
-        keys, key_labels = bank.keys() if slots else (None, None)
+        keys, key_labels, segments = None, None, None
+        if slots and self.selection[0] == "all" and self.synthesis is None and not is_reference:
+            keys, segments = bank.storage.flatten(0, 1), bank.segments()
+        elif slots:
+            keys, key_labels = bank.keys()
         rows, counted, similar, away = contrast_rows(
             anchors,
             anchor_labels,
@@ -200,6 +204,7 @@ class PiCoLoss(nn.Module):
             *self.selection,
             self.synthesis,
             is_reference,
+            segments,
         )
         n_counted = counted.sum()
         loss = rows.sum() / n_counted.clamp(min=1) * self.scale

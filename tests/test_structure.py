@@ -17,9 +17,11 @@ LAYERS = [
     {
         "anchors",
         "bank",
+        "class_order",
         "contrast",
         "contrast_any",
         "contrast_cpu",
+        "contrast_gpu",
         "contrast_selected",
         "projection",
         "regions",

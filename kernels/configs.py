@@ -1,0 +1,97 @@
+"""Launch settings: data, by GPU generation, bytes of a value and (padded) channels.
+
+A row is (BM anchors, BN keys, warps, stages). Every row compiles without spilled registers and within the
+shared memory of its cards; `tests/test_kernels_compile.py` holds them to it and prints the table.
+`MEASURED` says where a row was timed; a row that is not named there was chosen by its resources alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched."""
+
+    BM: int  # anchors of a block
+    BN: int  # keys of a tile
+    num_warps: int
+    stages: int  # tiles under way
+
+
+# where rows were timed, as "table (generation, bytes, channels)": "GPU, file of bench/results"
+MEASURED: dict[str, str] = {}
+
+# The pass over the negatives, keys through the copy engine where there is one: (generation, bytes,
+# channels). On Hopper 128 anchors by 64 keys is what fits beside 256 channels of sums.
+NEGATIVES = {
+    (80, 2, 64): Launch(64, 64, 4, 3),
+    (80, 2, 128): Launch(128, 64, 8, 4),
+    (80, 2, 256): Launch(64, 64, 8, 3),
+    (80, 2, 512): Launch(32, 32, 8, 2),
+    (80, 4, 64): Launch(32, 32, 8, 2),
+    (80, 4, 128): Launch(64, 64, 8, 2),
+    (80, 4, 256): Launch(64, 64, 8, 2),
+    (80, 4, 512): Launch(16, 16, 4, 2),
+    (86, 2, 64): Launch(64, 64, 4, 3),
+    (86, 2, 128): Launch(128, 64, 8, 4),
+    (86, 2, 256): Launch(64, 64, 8, 2),
+    (86, 2, 512): Launch(32, 32, 8, 2),
+    (86, 4, 64): Launch(32, 32, 8, 2),
+    (86, 4, 128): Launch(64, 64, 8, 2),
+    (86, 4, 256): Launch(32, 32, 8, 2),
+    (86, 4, 512): Launch(16, 16, 4, 2),
+    (90, 2, 64): Launch(128, 128, 8, 3),
+    (90, 2, 128): Launch(128, 64, 8, 4),
+    (90, 2, 256): Launch(128, 64, 8, 3),
+    (90, 2, 512): Launch(64, 64, 8, 2),
+    (90, 4, 64): Launch(64, 64, 8, 2),
+    (90, 4, 128): Launch(64, 64, 8, 2),
+    (90, 4, 256): Launch(64, 32, 8, 2),
+    (90, 4, 512): Launch(32, 32, 8, 2),
+    (100, 2, 64): Launch(64, 64, 4, 3),
+    (100, 2, 128): Launch(128, 64, 8, 4),
+    (100, 2, 256): Launch(64, 64, 8, 3),
+    (100, 2, 512): Launch(32, 32, 8, 2),
+    (100, 4, 64): Launch(64, 32, 8, 2),
+    (100, 4, 128): Launch(64, 64, 8, 2),
+    (100, 4, 256): Launch(32, 32, 4, 2),
+    (100, 4, 512): Launch(32, 32, 8, 2),
+}
+
+# The same with keys in any order, or with a running maximum, where that needs more registers.
+NEGATIVES_WIDE = {
+    (90, 2, 256): Launch(64, 64, 8, 3),
+    (100, 2, 64): Launch(64, 32, 4, 3),
+    (100, 2, 128): Launch(64, 64, 8, 3),
+    (100, 2, 256): Launch(64, 32, 8, 3),
+    (100, 2, 512): Launch(32, 16, 8, 2),
+}
+
+# kernels that add up splits: rows of a block
+ENDS = Launch(4, 0, 4, 1)
+
+
+def _row(table: dict, generation: int, dtype: torch.dtype, channels: int) -> Launch | None:
+    """The row of the GPU's family: consumer cards have less shared memory than the datacentre's."""
+    family = 86 if generation in (86, 87, 89) or generation >= 120 else min(generation // 10 * 10, 100)
+    width = 64
+    while width < channels:
+        width *= 2
+    return table.get((max(family, 80), dtype.itemsize, width))
+
+
+def negatives(
+    generation: int, dtype: torch.dtype, channels: int, running: bool, gather: bool
+) -> Launch:
+    """Settings of negatives_kernel."""
+    wide = _row(NEGATIVES_WIDE, generation, dtype, channels) if running or gather else None
+    return wide or _row(NEGATIVES, generation, dtype, channels)
+
+
+def positives(generation: int, dtype: torch.dtype, channels: int) -> Launch:
+    return Launch(64, 32, 4, 2)
+
+
+def keys_grad(generation: int, dtype: torch.dtype, channels: int) -> Launch:
+    return Launch(32, 32, 4, 2)

@@ -1,0 +1,148 @@
+"""Every kernel with every row of its settings, compiled for GPUs that are not there; prints JSON lines.
+
+    python tests/compiled_kernels.py 80 90 100     generations to compile for
+
+A process of its own: kernels that the tests interpret cannot be compiled beside it.
+"""
+
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import offline
+import torch
+import triton.language as tl
+
+from pico_fast.kernels import configs, contrast, contrast_ends
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+PRODUCTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+# one of each row of the tables, and sizes that are no power of two
+CHANNELS = (64, 128, 256, 512, 48, 192)
+
+
+def pointers(names: str, kind: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), kind)
+
+
+def of_both_passes(generation, dtype, channels, launch, gather) -> tuple[dict, dict]:
+    """Arguments and constants that the two passes over the keys share."""
+    width = max(16, 1 << (channels - 1).bit_length())
+    kind = TYPES[dtype]
+    copy_engine = generation >= 90
+
+    def rows(n: int, tma: bool) -> str:
+        return f"tensordesc<{kind}[{n}, {width}]>" if tma else f"*{kind}"
+
+    arguments = {
+        "queries": rows(launch.BM, copy_engine),
+        "keys": rows(launch.BN, copy_engine and not gather),
+        **pointers("key_order", "*i64"),
+        **pointers("low high spans", "*i32"),
+        **pointers("n_anchors key_stride", "i32"),
+        "scale": "fp32",
+    }
+    constants = {
+        "D": channels,
+        "BD": width,
+        "BM": launch.BM,
+        "BN": launch.BN,
+        "STAGES": launch.stages,
+        "GATHER": gather,
+        "TMA": copy_engine and not gather,
+        "TMA_QUERIES": copy_engine,
+        "PRODUCT": PRODUCTS[dtype],
+        "LIFT": 14.0 if dtype == torch.float16 else 0.0,
+        "PRECISION": "tf32" if dtype == torch.float32 else "ieee",
+    }
+    return arguments, constants
+
+
+def negatives(generation, dtype, channels, running, gather) -> tuple:
+    launch = configs.negatives(generation, dtype, channels, running, gather)
+    arguments, constants = of_both_passes(generation, dtype, channels, launch, gather)
+    arguments |= pointers("tiles bounds first_span flag", "*i32")
+    arguments |= pointers("bound top total away mean", "*fp32")
+    conditional = running and dtype != torch.float16
+    constants |= {"RUNNING": running, "RUNNING_IF_FLAGGED": conditional, "WANT_MEAN": True}
+    return contrast.negatives_kernel, arguments, constants, launch
+
+
+def positives(generation, dtype, channels, gather, in_batch) -> tuple:
+    launch = configs.positives(generation, dtype, channels)
+    arguments, constants = of_both_passes(generation, dtype, channels, launch, gather)
+    arguments |= pointers("low_span high_span", "*i32") | {"splits": "i32"}
+    arguments |= pointers("lse loss weight similar pull", "*fp32")
+    constants |= {"IN_BATCH": in_batch, "WANT_PULL": True}
+    return contrast.positives_kernel, arguments, constants, launch
+
+
+def keys_grad(generation, dtype, channels) -> tuple:
+    launch = configs.keys_grad(generation, dtype, channels)
+    kind = TYPES[dtype]
+    arguments = {
+        **pointers("queries keys", f"*{kind}"),
+        **pointers("low high used_keys", "*i32"),
+        **pointers("lse factor weight out", "*fp32"),
+        **pointers("n_anchors key_stride", "i32"),
+        "key_order": "*i64",
+        "scale": "fp32",
+    }
+    constants = {
+        "D": channels,
+        "BD": max(16, 1 << (channels - 1).bit_length()),
+        "BM": launch.BM,
+        "BN": launch.BN,
+        "IN_BATCH": True,
+        "PRODUCT": PRODUCTS[dtype],
+        "WEIGHTS": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
+    }
+    return contrast_ends.keys_grad_kernel, arguments, constants, launch
+
+
+def ends(channels) -> list[tuple]:
+    launch = configs.ENDS
+    sizes = {"D": channels, "BD": max(16, 1 << (channels - 1).bit_length()), "BR": launch.BM}
+    of_both = pointers("n_anchors splits", "i32") | pointers("low negatives", "*i32")
+    of_both |= {"order": "*i64", **pointers("lse dissimilar centre", "*fp32")}
+    merge = pointers("top total away mean mix_lse mix_mean", "*fp32") | {"flag": "*i32"}
+    modes = {"RUNNING": False, "RUNNING_IF_FLAGGED": False, "WANT_MEAN": True, "MIXED": True}
+    parts = pointers("loss_parts weight_parts similar_parts pull_parts", "*fp32")
+    out = pointers("loss out_lse similar away weight gradient", "*fp32")
+    finish = parts | out | {"positives": "*i32", "positive_count": "*i64", "scale": "fp32"}
+    return [
+        (contrast_ends.merge_kernel, of_both | merge, sizes | modes, launch),
+        (contrast_ends.finish_kernel, of_both | finish, sizes | {"WANT_GRADIENT": True}, launch),
+    ]
+
+
+def jobs(generation: int) -> list[tuple[str, tuple]]:
+    """(name, what to compile) for one generation."""
+    found = [(f"{what[0].__name__} {d}", what) for d in (64, 512, 192) for what in ends(d)]
+    for dtype, kind in TYPES.items():
+        for channels in CHANNELS:
+            name = f"{kind} {channels}"
+            for gather in (False, True):
+                way = "gather" if gather else "bank"
+                for running in (True,) if dtype == torch.float16 else (False, True):
+                    mode = "running" if running else "fixed"
+                    what = negatives(generation, dtype, channels, running, gather)
+                    found.append((f"negatives {name} {way} {mode}", what))
+                what = positives(generation, dtype, channels, gather, gather)
+                found.append((f"positives {name} {way}", what))
+            found.append((f"keys_grad {name}", keys_grad(generation, dtype, channels)))
+    return found
+
+
+def compile_one(generation: int, index: int) -> dict:
+    name, (kernel, arguments, constants, launch) = jobs(generation)[index]
+    row = offline.report(kernel, arguments, constants, generation, num_warps=launch.num_warps)
+    return {"generation": generation, "kernel": name, "launch": launch, **row}
+
+
+if __name__ == "__main__":
+    generations = [int(word) for word in sys.argv[1:]]
+    todo = [(g, i) for g in generations for i in range(len(jobs(g)))]
+    with ProcessPoolExecutor() as pool:
+        for row in pool.map(compile_one, *zip(*todo, strict=True), chunksize=4):
+            print(json.dumps(row), flush=True)
