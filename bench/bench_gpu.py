@@ -1,8 +1,9 @@
-"""The GPU bars: region pooling against a copy of the same bytes and against index_add_."""
+"""The GPU bars: region pooling against a copy, contrast against the matrix product and attention."""
 
 import peers
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 import pico_fast
 
@@ -53,3 +54,45 @@ def test_region_pooling(compare, size, dtype, layout, classes):
         medians = compare(f"{case}, {direction}", runs, "cuda")
         assert medians["copy"] / 2 >= 0.65 * medians["pico_fast"], "below 65 % of the bandwidth"
     assert pico_fast.region_pool(features, labels, classes)[0].dtype == dtype
+
+
+CLASSES, CHANNELS, TEMPERATURE = 171, 256, 0.1
+
+
+@pytest.mark.parametrize("n_anchors", (1024, 4096, 16384))
+@pytest.mark.parametrize("slots", (3304, 10_000))
+def test_contrast_all(compare, n_anchors, slots):
+    """Loss and gradient with all keys; the product has the floor's 4 A K D operations."""
+    bank = torch.randn(CLASSES, slots, CHANNELS, device="cuda", dtype=torch.bfloat16)
+    bank = normalize(bank, dim=2)
+    keys = bank.flatten(0, 1)
+    first = torch.arange(CLASSES, device="cuda") * slots
+    segments = torch.stack([first, torch.full_like(first, slots)], 1).unsqueeze(1)
+    anchors = normalize(torch.randn(n_anchors, CHANNELS, device="cuda"), dim=1)
+    labels = torch.randint(0, CLASSES, (n_anchors,), device="cuda")
+    args = (anchors, labels, keys, None, None, None, TEMPERATURE, True, segments)
+    queries = anchors.bfloat16()
+    found = torch.ops.pico_fast.contrast_all(*args)
+    # a product with the same number of operations, in a shape that suits it
+    size = 8192
+    left = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    operations = 4 * n_anchors * len(keys) * CHANNELS
+    share = operations / (2 * size**3)
+    runs = {
+        "pico_fast": lambda: torch.ops.pico_fast.contrast_all(*args),
+        "product 8192": lambda: left @ left,
+    }
+    for attention in (peers.flash_attention, peers.cudnn_attention):
+        peer = (queries, labels, bank, TEMPERATURE, attention)
+        try:
+            lse, _ = peers.class_attention(*peer)
+        except RuntimeError as error:
+            print(f"{attention.__name__} does not run here: {str(error).splitlines()[0]}")
+            continue
+        torch.testing.assert_close(lse.float(), found[1], rtol=2e-2, atol=2e-2)
+        runs[attention.__name__] = lambda peer=peer: peers.class_attention(*peer)
+    medians = compare(f"loss + gradient, {n_anchors} x {len(keys)}", runs, "cuda")
+    assert share * medians["product 8192"] >= 0.57 * medians["pico_fast"], (
+        "below 57 % of the product"
+    )
+    assert medians["pico_fast"] < medians.get("flash_attention", float("inf"))

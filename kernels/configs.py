@@ -31,7 +31,7 @@ NEGATIVES = {
     (80, 2, 512): Launch(32, 32, 8, 2),
     (80, 4, 64): Launch(32, 32, 8, 2),
     (80, 4, 128): Launch(64, 64, 8, 2),
-    (80, 4, 256): Launch(64, 64, 8, 2),
+    (80, 4, 256): Launch(64, 32, 8, 2),
     (80, 4, 512): Launch(16, 16, 4, 2),
     (86, 2, 64): Launch(64, 64, 4, 3),
     (86, 2, 128): Launch(128, 64, 8, 4),
@@ -39,7 +39,7 @@ NEGATIVES = {
     (86, 2, 512): Launch(32, 32, 8, 2),
     (86, 4, 64): Launch(32, 32, 8, 2),
     (86, 4, 128): Launch(64, 64, 8, 2),
-    (86, 4, 256): Launch(32, 32, 8, 2),
+    (86, 4, 256): Launch(32, 32, 4, 2),
     (86, 4, 512): Launch(16, 16, 4, 2),
     (90, 2, 64): Launch(128, 128, 8, 3),
     (90, 2, 128): Launch(128, 64, 8, 4),
@@ -59,39 +59,74 @@ NEGATIVES = {
     (100, 4, 512): Launch(32, 32, 8, 2),
 }
 
-# The same with keys in any order, or with a running maximum, where that needs more registers.
+# The same with keys in any order, with a running maximum, or with channels between the columns, where
+# that needs more registers.
 NEGATIVES_WIDE = {
+    (86, 2, 512): Launch(32, 16, 8, 2),
+    (90, 2, 64): Launch(64, 64, 8, 3),
     (90, 2, 256): Launch(64, 64, 8, 3),
+    (90, 4, 256): Launch(32, 32, 4, 2),
     (100, 2, 64): Launch(64, 32, 4, 3),
     (100, 2, 128): Launch(64, 64, 8, 3),
     (100, 2, 256): Launch(64, 32, 8, 3),
     (100, 2, 512): Launch(32, 16, 8, 2),
 }
 
+# The pass over the own class, a small part of the keys: small tiles do for every generation.
+POSITIVES = {
+    (2, 64): Launch(64, 16, 8, 2),
+    (2, 128): Launch(64, 32, 8, 2),
+    (2, 256): Launch(64, 32, 8, 2),
+    (2, 512): Launch(32, 32, 8, 2),
+    (4, 64): Launch(16, 32, 4, 2),
+    (4, 128): Launch(16, 32, 8, 2),
+    (4, 256): Launch(16, 16, 8, 2),
+    (4, 512): Launch(16, 16, 4, 2),
+}
+
+# The keys' side of the gradient: anchors of a step, keys of a block.
+KEYS_GRAD = {
+    (2, 64): Launch(64, 32, 8, 2),
+    (2, 128): Launch(64, 32, 8, 2),
+    (2, 256): Launch(64, 32, 8, 2),
+    (2, 512): Launch(16, 32, 8, 2),
+    (4, 64): Launch(64, 32, 8, 2),
+    (4, 128): Launch(32, 32, 8, 2),
+    (4, 256): Launch(32, 32, 8, 2),
+    (4, 512): Launch(16, 16, 4, 2),
+}
+
 # kernels that add up splits: rows of a block
 ENDS = Launch(4, 0, 4, 1)
 
 
-def _row(table: dict, generation: int, dtype: torch.dtype, channels: int) -> Launch | None:
-    """The row of the GPU's family: consumer cards have less shared memory than the datacentre's."""
-    family = 86 if generation in (86, 87, 89) or generation >= 120 else min(generation // 10 * 10, 100)
-    width = 64
-    while width < channels:
-        width *= 2
-    return table.get((max(family, 80), dtype.itemsize, width))
+def _width(channels: int) -> int:
+    """The column of the tables for so many channels."""
+    return max(64, 1 << (channels - 1).bit_length())
+
+
+def _family(generation: int) -> int:
+    """The GPU's rows: consumer cards have less shared memory than those of the datacentre."""
+    if generation in (86, 87, 89) or generation >= 120:
+        return 86
+    return min(max(generation // 10 * 10, 80), 100)
 
 
 def negatives(
     generation: int, dtype: torch.dtype, channels: int, running: bool, gather: bool
 ) -> Launch:
     """Settings of negatives_kernel."""
-    wide = _row(NEGATIVES_WIDE, generation, dtype, channels) if running or gather else None
-    return wide or _row(NEGATIVES, generation, dtype, channels)
+    row = (_family(generation), dtype.itemsize, _width(channels))
+    # masks of padded channels cost registers as well
+    wide = running or gather or channels not in (64, 128, 256, 512)
+    return NEGATIVES_WIDE.get(row, NEGATIVES[row]) if wide else NEGATIVES[row]
 
 
-def positives(generation: int, dtype: torch.dtype, channels: int) -> Launch:
-    return Launch(64, 32, 4, 2)
+def positives(dtype: torch.dtype, channels: int) -> Launch:
+    """Settings of positives_kernel."""
+    return POSITIVES[dtype.itemsize, _width(channels)]
 
 
-def keys_grad(generation: int, dtype: torch.dtype, channels: int) -> Launch:
-    return Launch(32, 32, 4, 2)
+def keys_grad(dtype: torch.dtype, channels: int) -> Launch:
+    """Settings of keys_grad_kernel."""
+    return KEYS_GRAD[dtype.itemsize, _width(channels)]

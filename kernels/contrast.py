@@ -22,7 +22,6 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-
 @triton.jit
 def load_rows(
     matrix,  # [n, D]

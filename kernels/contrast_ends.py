@@ -1,8 +1,7 @@
-"""What follows the passes over the keys: adding up splits, and the keys' side of the gradient, in Triton."""
+"""After the passes over the keys: adding up splits, and the keys' side of the gradient, in Triton."""
 
 import triton
 import triton.language as tl
-
 from pico_fast.kernels.contrast import load_rows
 
 LN2 = tl.constexpr(0.6931471805599453)

@@ -1,7 +1,8 @@
 """Anchors and keys class by class, on any device and without reading anything back.
 
-Anchors are sorted by class. Keys lie class by class already (the bank, described by its segments: for
-each class the first row and the length of each part, rows ascending), or are sorted as well. "Same class" is then a range of positions: of rows, or of entries of `key_order`.
+Anchors are sorted by class. Keys lie class by class already (the bank, described by its segments: for each
+class the first row and the length of each part, rows ascending), or are sorted as well. "Same class" is
+then a range of positions: of rows, or of entries of `key_order`.
 """
 
 from typing import NamedTuple

@@ -95,7 +95,9 @@ def _fake_rows(anchors: Tensor, keys: Tensor | None, want_gradient: bool) -> tup
 
 
 @torch.library.register_fake("pico_fast::contrast_all")
-def _(anchors, anchor_labels, keys, key_labels, mix_lse, mix_mean, temperature, want, segments=None):
+def _(
+    anchors, anchor_labels, keys, key_labels, mix_lse, mix_mean, temperature, want, segments=None
+):
     return _fake_rows(anchors, keys, want)
 
 
@@ -210,7 +212,8 @@ def contrast_rows(
     hard_fraction: float,
     synthesis: Synthesis | None,
     is_reference: bool,
-    segments: Tensor | None = None,  # [C, G, 2] int64, first row and length of each part of each class
+    segments: Tensor
+    | None = None,  # [C, G, 2] int64, first row and length of each part of each class
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`contrast` behind its checks, anchor by anchor; "all" takes segments in the place of key_labels.
 

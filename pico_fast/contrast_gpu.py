@@ -256,7 +256,7 @@ def _positives(
 ) -> _Rows:
     n_anchors, channels = work.queries.shape
     arranged = work.arranged
-    launch = configs.positives(work.generation, work.keys.dtype, channels)
+    launch = configs.positives(work.keys.dtype, channels)
     # a class is a small part of the keys: no more parts than can be busy
     splits = work.splits(launch, min(8, triton.cdiv(work.keys.shape[0], launch.BN)))
     new = functools.partial(torch.empty, device=work.queries.device)
@@ -353,7 +353,7 @@ def contrast_all_keys_grad(
     weight = _positives(work, ordered, keys is None, False).weight
     usable = (positive_count > 0) & (lse > -math.inf)
     factor = torch.where(usable, grad_loss.float() / positive_count.clamp(min=1), 0.0)
-    launch = configs.keys_grad(work.generation, work.keys.dtype, anchors.shape[1])
+    launch = configs.keys_grad(work.keys.dtype, anchors.shape[1])
     out = torch.zeros(work.keys.shape, device=anchors.device)
     contrast_ends.keys_grad_kernel[(triton.cdiv(n_keys, launch.BN),)](
         queries=work.queries,

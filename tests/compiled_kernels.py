@@ -12,13 +12,16 @@ from concurrent.futures import ProcessPoolExecutor
 import offline
 import torch
 import triton.language as tl
-
 from pico_fast.kernels import configs, contrast, contrast_ends
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PRODUCTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-# one of each row of the tables, and sizes that are no power of two
-CHANNELS = (64, 128, 256, 512, 48, 192)
+# each row of the tables, and for bfloat16 sizes that are no power of two
+CHANNELS = {
+    torch.bfloat16: (64, 128, 256, 512, 48, 192),
+    torch.float16: (256,),
+    torch.float32: (64, 128, 256, 512),
+}
 
 
 def pointers(names: str, kind: str) -> dict[str, str]:
@@ -69,7 +72,7 @@ def negatives(generation, dtype, channels, running, gather) -> tuple:
 
 
 def positives(generation, dtype, channels, gather, in_batch) -> tuple:
-    launch = configs.positives(generation, dtype, channels)
+    launch = configs.positives(dtype, channels)
     arguments, constants = of_both_passes(generation, dtype, channels, launch, gather)
     arguments |= pointers("low_span high_span", "*i32") | {"splits": "i32"}
     arguments |= pointers("lse loss weight similar pull", "*fp32")
@@ -77,8 +80,8 @@ def positives(generation, dtype, channels, gather, in_batch) -> tuple:
     return contrast.positives_kernel, arguments, constants, launch
 
 
-def keys_grad(generation, dtype, channels) -> tuple:
-    launch = configs.keys_grad(generation, dtype, channels)
+def keys_grad(dtype, channels) -> tuple:
+    launch = configs.keys_grad(dtype, channels)
     kind = TYPES[dtype]
     arguments = {
         **pointers("queries keys", f"*{kind}"),
@@ -120,7 +123,7 @@ def jobs(generation: int) -> list[tuple[str, tuple]]:
     """(name, what to compile) for one generation."""
     found = [(f"{what[0].__name__} {d}", what) for d in (64, 512, 192) for what in ends(d)]
     for dtype, kind in TYPES.items():
-        for channels in CHANNELS:
+        for channels in CHANNELS[dtype]:
             name = f"{kind} {channels}"
             for gather in (False, True):
                 way = "gather" if gather else "bank"
@@ -130,7 +133,7 @@ def jobs(generation: int) -> list[tuple[str, tuple]]:
                     found.append((f"negatives {name} {way} {mode}", what))
                 what = positives(generation, dtype, channels, gather, gather)
                 found.append((f"positives {name} {way}", what))
-            found.append((f"keys_grad {name}", keys_grad(generation, dtype, channels)))
+            found.append((f"keys_grad {name}", keys_grad(dtype, channels)))
     return found
 
 

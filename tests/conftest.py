@@ -1,10 +1,15 @@
 """Every test starts from the same seed, and memory that the package leaves unwritten is poison."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # without a GPU the Triton kernels run as Python; they want to know before they are imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pico_fast
 

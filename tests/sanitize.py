@@ -22,9 +22,29 @@ def region_pooling() -> None:
         torch.ops.pico_fast.region_pool_backward(means, labels, counts, dtype, pixels)
 
 
+def contrast() -> None:
+    # sizes that end within tiles, in batch, keys in any order, a bank with an empty class, long rows
+    for dtype, channels in itertools.product((torch.bfloat16, torch.float16), (48, 256)):
+        anchors = torch.randn(70, channels, device="cuda")
+        labels = torch.randint(-1, 5, (70,), device="cuda")
+        keys = torch.randn(5 * 90, channels, device="cuda").to(dtype)
+        key_labels = torch.randint(-1, 5, (450,), device="cuda")
+        first = torch.arange(5, device="cuda") * 90
+        parts = (first, first % 61, first + 60, first % 31)
+        segments = torch.stack(parts, 1).view(5, 2, 2)
+        ops = torch.ops.pico_fast
+        for key_labels_or_none, ranges in ((key_labels, None), (None, segments)):
+            pairs = (anchors, labels, keys, key_labels_or_none)
+            ops.contrast_all(*pairs, None, None, 0.1, True, ranges)
+        pairs = (anchors.to(dtype), labels, None, None)
+        _, lse, count, *_ = ops.contrast_all(*pairs, None, None, 0.1, True)
+        ops.contrast_all_keys_grad(torch.ones(70, device="cuda"), *pairs, lse, count, 0.1)
+
+
 if __name__ == "__main__":
     import pico_fast  # noqa: F401  (registers the ops)
 
     region_pooling()
+    contrast()
     torch.cuda.synchronize()
     print("every kernel ran")
