@@ -96,6 +96,18 @@ KEYS_GRAD = {
     (4, 512): Launch(16, 16, 4, 2),
 }
 
+# The walks of selection: anchors of a block, keys of a tile.
+SELECTION = {
+    (2, 64): Launch(64, 64, 8, 3),
+    (2, 128): Launch(64, 64, 8, 3),
+    (2, 256): Launch(64, 64, 8, 3),
+    (2, 512): Launch(32, 32, 8, 2),
+    (4, 64): Launch(32, 32, 4, 2),
+    (4, 128): Launch(32, 32, 4, 2),
+    (4, 256): Launch(32, 32, 4, 2),
+    (4, 512): Launch(16, 16, 4, 2),
+}
+
 # kernels that add up splits: rows of a block
 ENDS = Launch(4, 0, 4, 1)
 
@@ -130,3 +142,8 @@ def positives(dtype: torch.dtype, channels: int) -> Launch:
 def keys_grad(dtype: torch.dtype, channels: int) -> Launch:
     """Settings of keys_grad_kernel."""
     return KEYS_GRAD[dtype.itemsize, _width(channels)]
+
+
+def selection(dtype: torch.dtype, channels: int) -> Launch:
+    """Settings of the walks of selection."""
+    return SELECTION[dtype.itemsize, _width(channels)]

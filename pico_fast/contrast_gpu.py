@@ -86,7 +86,7 @@ def _source(rows: Tensor, n: int, generation: int) -> tuple[Tensor | TensorDescr
     return TensorDescriptor.from_tensor(rows, [n, _padded(rows.shape[1])]), True
 
 
-class _Pass(NamedTuple):
+class Pass(NamedTuple):
     """What all launches of one call share."""
 
     queries: Tensor  # [A, D] anchors in class order and in the keys' dtype, 0 in empty slots
@@ -143,18 +143,19 @@ def _with_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _pass(
+def make_pass(
     anchors: Tensor,  # [A, D]
     keys: Tensor | None,  # [K, D]
     arranged: ClassOrder,
     temperature: float,
-) -> _Pass:
+) -> Pass:
+    """What all launches of one call share, from anchors and keys in any layout."""
     generation, processors = _device(anchors.device.index or 0)
     keys = _with_rows(anchors if keys is None else keys)
     empty = (arranged.low < 0).unsqueeze(1)
     dtype = _dtype(keys.dtype)
     queries = anchors.index_select(0, arranged.order).masked_fill_(empty, 0.0).to(dtype)
-    return _Pass(queries, keys, arranged, temperature, generation, processors)
+    return Pass(queries, keys, arranged, temperature, generation, processors)
 
 
 class _Negatives(NamedTuple):
@@ -166,7 +167,7 @@ class _Negatives(NamedTuple):
 
 
 def _negatives(
-    work: _Pass,
+    work: Pass,
     mix_lse: Tensor | None,  # [A]
     mix_mean: Tensor | None,  # [A, D]
     want_mean: bool,
@@ -249,7 +250,7 @@ class _Rows(NamedTuple):
 
 
 def _positives(
-    work: _Pass,
+    work: Pass,
     negatives: _Negatives,
     in_batch: bool,
     want_gradient: bool,
@@ -328,7 +329,7 @@ def contrast_all(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs of the op `pico_fast::contrast_all`; see `pico_fast.contrast`."""
     arranged = class_order(anchor_labels, key_labels, segments)
-    work = _pass(anchors, keys, arranged, temperature)
+    work = make_pass(anchors, keys, arranged, temperature)
     negatives = _negatives(work, mix_lse, mix_mean, want_gradient)
     return tuple(_positives(work, negatives, keys is None, want_gradient))[:6]
 
@@ -345,7 +346,7 @@ def contrast_all_keys_grad(
 ) -> Tensor:
     """Gradient of the keys [K, D] (of the anchors in their part as keys, where keys is None)."""
     arranged = class_order(anchor_labels, key_labels, None)
-    work = _pass(anchors, keys, arranged, temperature)
+    work = make_pass(anchors, keys, arranged, temperature)
     n_anchors, n_keys = work.queries.shape[0], work.keys.shape[0]
     # the weights again, from the own class alone
     nothing = lse.new_empty(0)

@@ -30,7 +30,7 @@ from torch.nn.functional import normalize, softplus
 ANCHOR_PAIR, ANCHOR_PIXEL, ANCHOR_EASY, BANK_PIXEL = 1, 2, 3, 4
 POSITIVE, NEGATIVE = 5, 6
 MIX_FIRST, MIX_SECOND, MIX_SHARE, MIX_WITH_ANCHOR, MIX_ANCHOR_SHARE = 7, 8, 9, 10, 11
-STEP = 12
+STEP, SAMPLE = 12, 13
 
 WORD = 0xFFFFFFFF
 # a sum of two opposite rows has no direction: mixes shorter than this share of the longer are left out
