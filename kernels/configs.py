@@ -98,14 +98,13 @@ KEYS_GRAD = {
 
 # The walks of selection: anchors of a block, keys of a tile.
 SELECTION = {
-    (2, 64): Launch(64, 64, 8, 3),
+    (2, 64): Launch(64, 32, 8, 2),
     (2, 128): Launch(64, 64, 8, 3),
-    (2, 256): Launch(64, 64, 8, 3),
-    (2, 512): Launch(32, 32, 8, 2),
-    (4, 64): Launch(32, 32, 4, 2),
-    (4, 128): Launch(32, 32, 4, 2),
-    (4, 256): Launch(32, 32, 4, 2),
-    (4, 512): Launch(16, 16, 4, 2),
+    (2, 256): Launch(64, 64, 8, 2),
+    (2, 512): Launch(64, 32, 8, 1),
+    (4, 64): Launch(64, 64, 8, 3),
+    (4, 128): Launch(32, 32, 8, 2),
+    (4, 256): Launch(64, 32, 8, 1),
 }
 
 # kernels that add up splits: rows of a block
@@ -147,3 +146,8 @@ def keys_grad(dtype: torch.dtype, channels: int) -> Launch:
 def selection(dtype: torch.dtype, channels: int) -> Launch:
     """Settings of the walks of selection."""
     return SELECTION[dtype.itemsize, _width(channels)]
+
+
+def order_warps(capacity: int) -> int:
+    """Warps of order_kernel, which holds all of an anchor's candidates in registers."""
+    return min(16, max(4, capacity // 512))

@@ -9,6 +9,64 @@ LEAST = tl.constexpr(-9223372036854775808)
 
 
 @triton.jit
+def digit_counts(
+    number,  # [BLOCK] integer
+    there,  # [BLOCK] bool
+    known,  # [1] its digits above SHIFT + BITS, as a number
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    ABOVE: tl.constexpr,  # how many bits are known
+):
+    """How many of the numbers that share the known digits have which next digit: [2 ** BITS] int32."""
+    if ABOVE > 0:
+        there = there & (((number >> (SHIFT + BITS)) & ((1 << ABOVE) - 1)) == known)
+    digit = ((number >> SHIFT) & ((1 << BITS) - 1)).to(tl.int32)
+    return tl.histogram(tl.where(there, digit, 0), 1 << BITS, mask=there)
+
+
+@triton.jit
+def next_digit(
+    counts,  # [2 ** BITS] int32
+    wanted,  # rank among what was counted
+    BITS: tl.constexpr,
+    LOWEST: tl.constexpr,  # ranks from below
+):
+    """The digit at the rank, and the rank that is left within it."""
+    if LOWEST:
+        beyond = tl.cumsum(counts, 0) - counts
+    else:
+        beyond = tl.sum(counts, 0) - tl.cumsum(counts, 0)
+    here = (beyond < wanted) & (beyond + counts >= wanted)
+    digit = tl.sum(tl.where(here, tl.arange(0, 1 << BITS), 0), 0)
+    return digit, wanted - tl.sum(tl.where(here, beyond, 0), 0)
+
+
+@triton.jit
+def estimate_digit(
+    sample,
+    row,
+    known,  # [1] int32
+    wanted,
+    W,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    ABOVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One digit of the similarity at a rank; see `estimate_kernel`. Also how many there are."""
+    counts = tl.zeros([1 << BITS], tl.int32)
+    for start in range(0, W, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        s = tl.load(sample + row.to(tl.int64) * W + at, mask=at < W, other=float("-inf"))
+        bits = (s + 0.0).to(tl.int32, bitcast=True)
+        # as an unsigned number, in the order of the similarities
+        number = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) ^ -2147483648
+        counts += digit_counts(number, s > float("-inf"), known, SHIFT, BITS, ABOVE)
+    digit, wanted = next_digit(counts, wanted, BITS, False)
+    return (known << BITS) | digit, wanted, tl.sum(counts, 0)
+
+
+@triton.jit
 def estimate_kernel(
     sample,  # [R, W] float32 similarities, -inf where a pair is no candidate
     rank,  # [R] int32, 1 for the largest; more than there are: the least word of all
@@ -17,36 +75,13 @@ def estimate_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    wanted = tl.load(rank + row)
+    rank = tl.load(rank + row)
     known = tl.full([1], 0, tl.int32)
-    for digit in tl.static_range(3):
-        shift: tl.constexpr = 21 if digit == 0 else (10 if digit == 1 else 0)
-        width: tl.constexpr = 2048 if digit < 2 else 1024
-        counts = tl.zeros([width], tl.int32)
-        for start in range(0, W, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            s = tl.load(sample + row.to(tl.int64) * W + at, mask=at < W, other=float("-inf"))
-            bits = (s + 0.0).to(tl.int32, bitcast=True)
-            # as an unsigned number, in the order of the similarities
-            number = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) ^ -2147483648
-            part = (number >> shift) & (width - 1)
-            there = s > float("-inf")
-            if digit > 0:
-                above: tl.constexpr = 21 if digit == 1 else 10
-                mask: tl.constexpr = 2047 if digit == 1 else 4194303
-                there = there & (((number >> above) & mask) == known)
-            counts += tl.histogram(tl.where(there, part, 0), width, mask=there)
-        total = tl.sum(counts, 0)
-        above_it = total - tl.cumsum(counts, 0)
-        here = (above_it < wanted) & (above_it + counts >= wanted)
-        chosen = tl.sum(tl.where(here, tl.arange(0, width), 0), 0)
-        if digit == 0:
-            enough = total >= wanted
-        wanted -= tl.sum(tl.where(here, above_it, 0), 0)
-        known = (known << (11 if digit < 2 else 10)) | chosen
-    ordered = (tl.sum(known, 0) ^ -2147483648).to(tl.int64)
-    lowest = tl.full([], -9223372036854775808, tl.int64)
-    tl.store(threshold + row, tl.where(enough, ordered << 32, lowest))
+    known, left, total = estimate_digit(sample, row, known, rank, W, 21, 11, 0, BLOCK)
+    known, left, _ = estimate_digit(sample, row, known, left, W, 10, 11, 11, BLOCK)
+    known, left, _ = estimate_digit(sample, row, known, left, W, 0, 10, 22, BLOCK)
+    word = (tl.sum(known, 0) ^ -2147483648).to(tl.int64) << 32
+    tl.store(threshold + row, tl.where(total >= rank, word, LEAST))
 
 
 @triton.jit
@@ -72,6 +107,38 @@ def words_and_lots(
 
 
 @triton.jit
+def draw_digit(
+    sample,
+    places,
+    key_rows,
+    row,
+    low,
+    high,
+    state,
+    least,  # int64, the least word whose lot counts
+    known,  # [1] int64
+    wanted,
+    W,
+    OF_LOTS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    ABOVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One digit of the word at a rank, or of the lot at a rank from below; see `draw_kernel`."""
+    counts = tl.zeros([1 << BITS], tl.int32)
+    for start in range(0, W, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        word, lot, there = words_and_lots(sample, places, key_rows, row, at, low, high, state, W)
+        if OF_LOTS:
+            counts += digit_counts(lot, there & (word >= least), known, SHIFT, BITS, ABOVE)
+        else:  # flipping the sign makes words unsigned numbers
+            counts += digit_counts(word ^ LEAST, there, known, SHIFT, BITS, ABOVE)
+    digit, wanted = next_digit(counts, wanted, BITS, OF_LOTS)
+    return (known << BITS) | digit.to(tl.int64), wanted
+
+
+@triton.jit
 def draw_kernel(
     sample,  # [R, W] float32 inner products with the sampled keys
     places,  # [W] int32, position of each sampled key, -1 where the sample is not full
@@ -88,63 +155,32 @@ def draw_kernel(
     CAPACITY: tl.constexpr,
 ):
     row = tl.program_id(0)
-    first, last = tl.load(low + row), tl.load(high + row)
-    state = tl.load(states + row)
-    if first < 0:
+    a, b = tl.load(low + row), tl.load(high + row)
+    g = tl.load(states + row)
+    if a < 0:
         tl.store(found + row, 0)
         return
-    # the word at rank `pool`, digit by digit; flipping the sign makes words unsigned numbers
-    wanted = tl.load(pool + row)
-    known = tl.full([1], 0, tl.int64)
-    for turn in tl.static_range(6):
-        shift: tl.constexpr = (53, 42, 32, 21, 10, 0)[turn]
-        bits: tl.constexpr = (11, 11, 10, 11, 11, 10)[turn]
-        width: tl.constexpr = 1 << bits
-        counts = tl.zeros([width], tl.int32)
-        for start in range(0, W, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            word, _, there = words_and_lots(
-                sample, places, key_rows, row, at, first, last, state, W
-            )
-            number = word ^ LEAST
-            if turn > 0:
-                above: tl.constexpr = shift + bits
-                mask: tl.constexpr = (1 << (64 - above)) - 1
-                there = there & (((number >> above) & mask) == known)
-            digit = ((number >> shift) & (width - 1)).to(tl.int32)
-            counts += tl.histogram(tl.where(there, digit, 0), width, mask=there)
-        greater = tl.sum(counts, 0) - tl.cumsum(counts, 0)
-        here = (greater < wanted) & (greater + counts >= wanted)
-        wanted -= tl.sum(tl.where(here, greater, 0), 0)
-        known = (known << bits) | tl.sum(tl.where(here, tl.arange(0, width), 0), 0).to(tl.int64)
-    least = known ^ LEAST
+    size = tl.load(pool + row)
+    none = tl.full([1], 0, tl.int64)
+    s, p, k = sample, places, key_rows
+    # the word at rank `size`, digit by digit
+    x, left = draw_digit(s, p, k, row, a, b, g, none, none, size, W, False, 53, 11, 0, BLOCK)
+    x, left = draw_digit(s, p, k, row, a, b, g, none, x, left, W, False, 42, 11, 11, BLOCK)
+    x, left = draw_digit(s, p, k, row, a, b, g, none, x, left, W, False, 32, 10, 22, BLOCK)
+    x, left = draw_digit(s, p, k, row, a, b, g, none, x, left, W, False, 21, 11, 32, BLOCK)
+    x, left = draw_digit(s, p, k, row, a, b, g, none, x, left, W, False, 10, 11, 43, BLOCK)
+    x, left = draw_digit(s, p, k, row, a, b, g, none, x, left, W, False, 0, 10, 54, BLOCK)
+    least = x ^ LEAST
     # the lot at rank `count` from below, among the words that reach it
-    wanted = tl.minimum(count, tl.load(pool + row))
-    limit = tl.full([1], 0, tl.int64)
-    for turn in tl.static_range(3):
-        shift: tl.constexpr = (21, 10, 0)[turn]
-        bits: tl.constexpr = (11, 11, 10)[turn]
-        width: tl.constexpr = 1 << bits
-        counts = tl.zeros([width], tl.int32)
-        for start in range(0, W, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            word, lot, there = words_and_lots(
-                sample, places, key_rows, row, at, first, last, state, W
-            )
-            there = there & (word >= least)
-            if turn > 0:
-                there = there & ((lot >> (shift + bits)) == limit)
-            digit = ((lot >> shift) & (width - 1)).to(tl.int32)
-            counts += tl.histogram(tl.where(there, digit, 0), width, mask=there)
-        lower = tl.cumsum(counts, 0) - counts
-        here = (lower < wanted) & (lower + counts >= wanted)
-        wanted -= tl.sum(tl.where(here, lower, 0), 0)
-        limit = (limit << bits) | tl.sum(tl.where(here, tl.arange(0, width), 0), 0).to(tl.int64)
+    left = tl.minimum(count, size)
+    y, left = draw_digit(s, p, k, row, a, b, g, least, none, left, W, True, 21, 11, 0, BLOCK)
+    y, left = draw_digit(s, p, k, row, a, b, g, least, y, left, W, True, 10, 11, 11, BLOCK)
+    y, left = draw_digit(s, p, k, row, a, b, g, least, y, left, W, True, 0, 10, 22, BLOCK)
     n = 0
     for start in range(0, W, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        word, lot, there = words_and_lots(sample, places, key_rows, row, at, first, last, state, W)
-        there = there & (word >= least) & (lot <= limit)
+        word, lot, there = words_and_lots(sample, places, key_rows, row, at, a, b, g, W)
+        there = there & (word >= least) & (lot <= y)
         slot = n + tl.cumsum(there.to(tl.int32), 0) - 1
         held = there & (slot < CAPACITY)
         tl.store(candidates + row.to(tl.int64) * CAPACITY + slot, word, mask=held)

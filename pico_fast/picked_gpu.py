@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from pico_fast import reference
-from pico_fast.kernels import contrast, picked, selection
+from pico_fast.kernels import configs, contrast, picked, selection
 
 # most channels that a program holds, and most picks that it sorts
 MAX_CHANNELS = 1024
@@ -67,7 +67,7 @@ def rank_keys(
         n,
         SIGN=sign,
         CAPACITY=capacity,
-        num_warps=min(16, max(4, capacity // 512)),
+        num_warps=configs.order_warps(capacity),
     )
     return order, products
 

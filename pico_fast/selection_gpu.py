@@ -32,9 +32,11 @@ _SHARP = 8192
 _LEAST = torch.iinfo(torch.int64).min
 
 
-def takes(anchors: Tensor, keys: Tensor | None, num_positives: int, num_negatives: int) -> bool:
-    """Whether the kernels are for these; see `contrast_gpu.takes`."""
-    return contrast_gpu.takes(anchors, keys) and max(num_positives, num_negatives) <= MAX_COUNT
+def takes(anchors: Tensor, keys: Tensor | None, sampling: str, *counts: int) -> bool:
+    """Whether the kernels are for these; see `contrast_gpu.takes`. float32 rows of 512 do not fit."""
+    wide = anchors.shape[1] > 256 and (anchors if keys is None else keys).dtype == torch.float32
+    hard = sampling in ("hardest", "semi_hard") and max(counts) <= MAX_COUNT
+    return hard and not wide and contrast_gpu.takes(anchors, keys)
 
 
 class _Side:
@@ -131,7 +133,7 @@ class _Side:
             self.count,
             SIGN=self.options["SIGN"],
             CAPACITY=self.capacity,
-            num_warps=min(16, max(4, self.capacity // 512)),
+            num_warps=configs.order_warps(self.capacity),
         )
         return index, similarity
 

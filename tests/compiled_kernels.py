@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 import offline
 import torch
 import triton.language as tl
-from pico_fast.kernels import configs, contrast, contrast_ends
+from pico_fast.kernels import configs, contrast, contrast_ends, picked, sampling, selection
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PRODUCTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -22,6 +22,10 @@ CHANNELS = {
     torch.float16: (256,),
     torch.float32: (64, 128, 256, 512),
 }
+
+
+# launched with Triton's own number of warps
+ONE = configs.Launch(1, 0, 4, 1)
 
 
 def pointers(names: str, kind: str) -> dict[str, str]:
@@ -119,6 +123,70 @@ def ends(channels) -> list[tuple]:
     ]
 
 
+def walks(generation, dtype, channels) -> list[tuple[str, tuple]]:
+    """The walks of selection: appending, counting digits of words and of lots, both sides."""
+    launch = configs.selection(dtype, channels)
+    found = []
+    for own, draw, count, shift in (
+        (False, False, False, 0),
+        (True, False, True, 53),
+        (False, True, True, 10),
+        (True, True, False, 0),
+    ):
+        for gather in (False, True):
+            arguments, constants = of_both_passes(generation, dtype, channels, launch, gather)
+            del arguments["scale"], constants["LIFT"]
+            arguments |= pointers("active found tiles bounds first_span", "*i32")
+            arguments |= pointers("threshold states lots candidates", "*i64")
+            constants |= {"OWN": own, "IN_BATCH": gather, "SIGN": -1 if own else 1, "COUNT": count}
+            constants |= {"DRAW": draw, "SHIFT": shift, "CAPACITY": 4096}
+            what = f"{'count' if count else 'append'}{' draw' if draw else ''}"
+            name = f"{what} {TYPES[dtype]} {channels} {'own' if own else 'other'} {'gather' if gather else 'bank'}"
+            found.append((name, (selection.walk_kernel, arguments, constants, launch)))
+    return found
+
+
+def by_row() -> list[tuple[str, tuple]]:
+    """Kernels of which a program has one anchor."""
+    found = []
+    for shift in (53, 32):
+        arguments = pointers("active counts", "*i32") | pointers("threshold rank", "*i64")
+        constants = {"LOWEST": False, "SHIFT": shift}
+        found.append(("narrow_kernel", (selection.narrow_kernel, arguments, constants, ONE)))
+    for capacity in (4096, 16384):
+        arguments = pointers("candidates order index", "*i64") | pointers("found low", "*i32")
+        arguments |= {"similarity": "*fp32", "N": "i32"}
+        launch = configs.Launch(1, 0, configs.order_warps(capacity), 1)
+        constants = {"SIGN": 1, "CAPACITY": capacity}
+        found.append(
+            (f"order_kernel {capacity}", (selection.order_kernel, arguments, constants, launch))
+        )
+    arguments = {"sample": "*fp32", "rank": "*i32", "threshold": "*i64", "W": "i32"}
+    found.append(("estimate_kernel", (sampling.estimate_kernel, arguments, {"BLOCK": 2048}, ONE)))
+    arguments = pointers("key_rows states candidates", "*i64") | {"sample": "*fp32"}
+    arguments |= pointers("places low high pool found", "*i32") | pointers("count W", "i32")
+    constants = {"BLOCK": 2048, "CAPACITY": 4096}
+    found.append(("draw_kernel", (sampling.draw_kernel, arguments, constants, ONE)))
+    for channels in (256, 1024):
+        sizes = {"D": channels, "BD": channels, "ROWS": max(4, min(64, 8192 // channels))}
+        of_all = {"keys": "*bf16", "key_stride": "i32", "n": "i32"}
+        arguments = of_all | {"anchors": "*fp32", "anchor_stride": "i32"}
+        arguments |= pointers("index words", "*i64")
+        constants = sizes | {"CAPACITY": 4096, "SIGN": 1}
+        found.append((f"words_kernel {channels}", (picked.words_kernel, arguments, constants, ONE)))
+        arguments = of_all | {"index": "*i64", "weight": "*fp32", "out": "*fp32"}
+        found.append(
+            (f"weighted_kernel {channels}", (picked.weighted_kernel, arguments, sizes, ONE))
+        )
+        arguments = of_all | pointers("first second", "*i64") | {"anchor_stride": "i32"}
+        arguments |= pointers("anchors share lse mean", "*fp32") | pointers(
+            "scale shortest", "fp32"
+        )
+        sizes = sizes | {"ROWS": max(4, sizes["ROWS"] // 2)}
+        found.append((f"mix_kernel {channels}", (picked.mix_kernel, arguments, sizes, ONE)))
+    return found
+
+
 def jobs(generation: int) -> list[tuple[str, tuple]]:
     """(name, what to compile) for one generation."""
     found = [(f"{what[0].__name__} {d}", what) for d in (64, 512, 192) for what in ends(d)]
@@ -134,7 +202,9 @@ def jobs(generation: int) -> list[tuple[str, tuple]]:
                 what = positives(generation, dtype, channels, gather, gather)
                 found.append((f"positives {name} {way}", what))
             found.append((f"keys_grad {name}", keys_grad(dtype, channels)))
-    return found
+            if channels in (64, 128, 256, 512) and (channels < 512 or dtype.itemsize == 2):
+                found += walks(generation, dtype, channels)
+    return found + by_row()
 
 
 def compile_one(generation: int, index: int) -> dict:

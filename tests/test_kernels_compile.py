@@ -11,6 +11,8 @@ import pytest
 offline = pytest.importorskip("offline", reason="needs Triton")
 # one datacentre and one consumer card of the first generation, Hopper, Blackwell
 GENERATIONS = (80, 86, 90, 100)
+# spills that are known: sorting 16384 words in registers, for counts above 4096
+KNOWN = {"order_kernel 16384"}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def test_resources(rows, capsys):
         multiplies = "_kernel" not in row["kernel"]
         narrow = "fp32" not in row["kernel"]  # float32 tiles are transposed on their way
         if (
-            row["spilled"] != 0
+            (row["spilled"] != 0 and row["kernel"] not in KNOWN)
             or row["shared"] > offline.SHARED_LIMIT[row["generation"]]
             or (multiplies and not row["matrix"])
             or (multiplies and narrow and not row["copies"])
