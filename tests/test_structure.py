@@ -23,6 +23,7 @@ LAYERS = [
         "contrast_cpu",
         "contrast_gpu",
         "contrast_selected",
+        "picked",
         "projection",
         "regions",
         "selection",
