@@ -5,9 +5,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "rows.h"
@@ -123,7 +125,8 @@ Tensor weighted_rows(const Tensor& keys_, const Tensor& index_, const Tensor& we
         vectorised([&]() PICO_FAST_INLINE {
           for (int64_t j = 0; j < count; ++j) {
             if (j + kAhead < count) prefetch(terms[j + kAhead].second, D);
-            const auto [w, row] = terms[j];
+            const S w = terms[j].first;
+            const T* row = terms[j].second;
 #pragma omp simd
             for (int64_t d = 0; d < D; ++d) to[d] += w * static_cast<S>(row[d]);
           }

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -92,7 +93,9 @@ struct Scratch {
 // mean [D] of one anchor, which is 0 before; returns its log-sum.
 template <typename S, typename T>
 S mix_one(const S* anchor, int64_t D, double temperature, Scratch<S, T>& scratch, S* mean) {
-  auto& [index, pool, weight, mixes] = scratch;
+  const auto& pool = scratch.pool;
+  auto& weight = scratch.weight;
+  auto& mixes = scratch.mixes;
   const auto n = static_cast<int64_t>(mixes.size());
   const auto ask = [&](int64_t place) {
     if (place != kAnchor) prefetch(pool[place], D);
