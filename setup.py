@@ -84,7 +84,16 @@ def extension(cuda_home: str | None) -> Extension:
     system = [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
     # messages of the extension name csrc/..., not where it happened to be built
     prefix = f"-ffile-prefix-map={Path.cwd()}/="
-    cxx = ["-O3", "-Wall", "-Wextra", "-fvisibility=hidden", prefix, *system, *STABLE_ABI]
+    cxx = [
+        "-O3",
+        "-fopenmp-simd",
+        "-Wall",
+        "-Wextra",
+        "-fvisibility=hidden",
+        prefix,
+        *system,
+        *STABLE_ABI,
+    ]
     link = ["-Wl,--exclude-libs,ALL", "-s"] if sys.platform == "linux" else []
     options = {}
     nvcc = []

@@ -1,5 +1,7 @@
 """What stands beside pico_fast in a measurement: the textbook forms, written plainly."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -50,6 +52,32 @@ def matmul_topk(
     chosen = easy < torch.inf
     above = hard.logsumexp(1, keepdim=True) - easy.masked_fill(~chosen, 0.0) / temperature
     return (softplus(above).masked_fill(~chosen, 0.0).sum(1) / chosen.sum(1)).mean()
+
+
+def semi_hard(
+    anchors: Tensor,  # [A, D] float32
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D] float32, classes of one size
+    key_labels: Tensor,  # [K] int64
+    num_positives: int,
+    num_negatives: int,
+    temperature: float,
+    hard_fraction: float = 0.1,
+) -> Tensor:
+    """Loss on a draw from the hardest pools: the full similarity, two topk and random lots: a scalar."""
+    s = anchors @ keys.T
+    positive = anchor_labels[:, None] == key_labels
+
+    def draw(hardness: Tensor, candidates: int, count: int) -> Tensor:
+        pool = hardness.topk(max(1, math.ceil(hard_fraction * candidates))).indices
+        lots = torch.rand(pool.shape)
+        return s.gather(1, pool.gather(1, lots.topk(min(count, pool.shape[1])).indices))
+
+    of_class = int(positive[0].sum())
+    hard = draw(s.detach().masked_fill(positive, -torch.inf), len(keys) - of_class, num_negatives)
+    easy = draw((-s.detach()).masked_fill(~positive, -torch.inf), of_class, num_positives)
+    above = (hard / temperature).logsumexp(1, keepdim=True) - easy / temperature
+    return softplus(above).mean()
 
 
 def index_add(

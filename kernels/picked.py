@@ -1,12 +1,11 @@
 """Work on keys that were picked for each anchor, in Triton: products, sums by weight, mixes.
 
-A program owns an anchor and reads the rows of its picks, some at a time; nothing of size picks x channels is
-written.
+A program owns an anchor and reads the rows of its picks, some at a time: nothing of size picks x channels
+is written.
 """
 
 import triton
 import triton.language as tl
-
 from pico_fast.kernels.contrast import load_rows
 from pico_fast.kernels.selection import words_of
 

@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from pico_fast.kernels.selection import lots_of, words_of
 
 LEAST = tl.constexpr(-9223372036854775808)

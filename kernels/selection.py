@@ -14,14 +14,13 @@ anchor all differ, so "the n greatest" is one set, whatever order they are found
 With DRAW a walk knows the threshold and looks at lots instead: the lowest lots among the pairs that reach
 it are a uniform draw from them. What is done with a sample of the keys stands in `sampling`.
 
-Six digits make a threshold exact. An estimate from a sample of the keys makes one that is nearly right for a
-sixteenth of the cost; where it let too few or too many pairs through, `active` says so on the device, and
+Six digits make a threshold exact. An estimate from a sample of the keys is nearly right for a sixteenth
+of the cost; where it let too few or too many pairs through, `active` says so on the device, and
 only those anchors go through the six digits.
 """
 
 import triton
 import triton.language as tl
-
 from pico_fast.kernels.contrast import load_block, load_keys
 
 # where digits of a word begin, from the top: 11, 11, 10 bits of hardness, 11, 11, 10 of the index
@@ -208,7 +207,7 @@ def walk_kernel(
                 else:
                     number = word
                     known = least
-                if SHIFT < (21 if DRAW else 53):  # the first digit has none above it
+                if (21 if DRAW else 53) > SHIFT:  # the first digit has none above it
                     pair = pair & ((number >> above) == (known >> above)[:, None])
                 if tl.max(pair.to(tl.int32)) > 0:
                     digit = (number >> SHIFT) & (width - 1)

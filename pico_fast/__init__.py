@@ -1,5 +1,6 @@
 """pico_fast: pixel contrast across images for semantic segmentation (PiCo), whole and fast."""
 
+from pico_fast import on_gpu as _on_gpu  # noqa: F401  (registers the Triton implementations)
 from pico_fast.anchors import sample_anchors
 from pico_fast.bank import MemoryBank
 from pico_fast.contrast import contrast

@@ -13,8 +13,6 @@ Keys of a bank carry no gradient, so the backward is a scale of a saved matrix; 
 (in batch) a second pass makes theirs.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
@@ -61,24 +59,6 @@ def _register(op: str, key: str, function) -> None:
     torch.library.impl(f"pico_fast::{op}", key, without_autocast)
 
 
-def _in_triton(op: str):
-    """The op on an NVIDIA GPU: Triton, but for the dtypes and widths that its kernels are not for."""
-
-    def run(anchors, anchor_labels_or_grad, *rest):
-        from pico_fast import contrast_gpu  # imports Triton
-
-        tensors = (anchors, rest[0]) if op == "contrast_all" else (anchor_labels_or_grad, rest[1])
-        page = contrast_gpu if contrast_gpu.takes(*tensors) else contrast_any
-        with torch.cuda.device(anchors.device):
-            return getattr(page, op)(anchors, anchor_labels_or_grad, *rest)
-
-    return run
-
-
-has_triton = importlib.util.find_spec("triton") is not None and torch.version.hip is None
-if has_triton:
-    for _name in ("contrast_all", "contrast_all_keys_grad"):
-        _register(_name, "CUDA", _in_triton(_name))
 for _key, _page in (("CPU", contrast_cpu), ("CompositeExplicitAutograd", contrast_any)):
     _register("contrast_all", _key, _page.contrast_all)
     _register("contrast_all_keys_grad", _key, _page.contrast_all_keys_grad)
@@ -140,12 +120,13 @@ class _Contrast(torch.autograd.Function):
         chosen = None
         if sampling != "all":
             counts = (num_positives, num_negatives)
-            chosen = ops.select_keys(*pairs, sampling, *counts, hard_fraction, seed)
+            chosen = ops.select_keys(*pairs, sampling, *counts, hard_fraction, seed, segments)
         mixed = (None, None)
         if mixes is not None:
             negative_negative, negative_anchor, pool = mixes
             if chosen is None:
-                hardest = ops.select_keys(*pairs, "hardest", 1, pool, hard_fraction, seed)[1]
+                choice = ("hardest", 1, pool, hard_fraction, seed, segments)
+                hardest = ops.select_keys(*pairs, *choice)[1]
             else:
                 hardest = chosen[1].narrow(1, 0, min(pool, chosen[1].shape[1]))
             mixed = ops.mix_negatives(
@@ -215,7 +196,7 @@ def contrast_rows(
     segments: Tensor
     | None = None,  # [C, G, 2] int64, first row and length of each part of each class
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`contrast` behind its checks, anchor by anchor; "all" takes segments in the place of key_labels.
+    """`contrast` behind its checks, anchor by anchor; the ops take segments in the place of key_labels.
 
     Returns loss [A], whether the anchor has a positive [A] bool, and the mean inner product with the
     positives and with the negatives that it is compared with [A].

@@ -7,53 +7,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pico_fast.contrast_any import merge_mixes
+from pico_fast.picked import dense_weights, weighted_rows
 from pico_fast.selection import product_dtype
 
-# values of gathered rows, or of a block of dense weights, held at a time
+# dense weights held at a time
 _BLOCK = 2**24
-_KEY_TILE = 2**13
-# a product with a matrix that is mostly 0 beats reading scattered rows up to so many keys a pick
-_DENSE = 64
-
-
-def _weighted_rows(
-    keys: Tensor,  # [K, D]
-    index: Tensor,  # [A, n] int64, -1 where there is none
-    weight: Tensor,  # [A, n], 0 where there is none
-) -> Tensor:
-    """Sum of the indexed keys by weight, in the weight's dtype: [A, D]."""
-    n_keys, n = keys.shape[0], index.shape[1]
-    out = weight.new_zeros(index.shape[0], keys.shape[1])
-    if n_keys <= _DENSE * n:
-        block = max(1, _BLOCK // (n_keys + 1))
-        for first in range(0, index.shape[0], block):
-            here = slice(first, first + block)
-            dense = _dense(index[here], weight[here], n_keys)
-            for start in range(0, n_keys, _KEY_TILE):
-                # a slot that nobody picked may hold anything; 0 x nan would still be nan
-                tile = keys[start : start + _KEY_TILE].to(weight.dtype).nan_to_num(0.0, 0.0, 0.0)
-                out[here].addmm_(dense[:, start : start + _KEY_TILE], tile)
-        return out
-    # behind the last stands a row's own largest pick: weight 0 on any other row would spread its nan
-    none = (index < 0).all(1, keepdim=True)
-    index = torch.where(index < 0, index.amax(1, keepdim=True).clamp(min=0), index)
-    block = max(1, _BLOCK // (n * keys.shape[1]))
-    for first in range(0, index.shape[0], block):
-        here = slice(first, first + block)
-        rows = keys[index[here]].to(weight.dtype)
-        out[here] = torch.bmm(weight[here, None], rows)[:, 0]
-    return out.masked_fill(none, 0.0)
-
-
-def _dense(
-    index: Tensor,  # [n, k] int64, all different in a row, -1 where there is none
-    weight: Tensor,  # [n, k], 0 where there is none
-    num_keys: int,
-) -> Tensor:
-    """The weights as a matrix [n, K], 0 for every key that was not picked."""
-    dense = weight.new_zeros(index.shape[0], num_keys + 1)
-    # only the column that is cut off takes several
-    return dense.scatter_(1, torch.where(index < 0, num_keys, index), weight)[:, :-1]
 
 
 def _weights(
@@ -110,7 +68,8 @@ def contrast_selected(
         chosen_by = (positive_index, negative_index, positive_similarity, negative_similarity)
         pull, push, q = _weights(lse, *chosen_by, temperature)
         index = torch.cat([negative_index, positive_index], 1)
-        gradient = _weighted_rows(keys, index, torch.cat([push, pull], 1)) / temperature
+        weight = torch.cat([push, pull], 1)
+        gradient = weighted_rows(keys, index, weight) / temperature
         if mix_lse is not None:
             nothing = torch.zeros_like(gradient)
             _, mixed = merge_mixes(s.logsumexp(1), nothing, mix_lse, mix_mean)
@@ -142,5 +101,5 @@ def contrast_selected_keys_grad(
     block = max(1, _BLOCK // (num_keys + 1))
     for first in range(0, rows.shape[0], block):
         here = slice(first, first + block)
-        out.addmm_(_dense(index[here], weight[here], num_keys).T, rows[here])
+        out.addmm_(dense_weights(index[here], weight[here], num_keys).T, rows[here])
     return out

@@ -190,10 +190,10 @@ class PiCoLoss(nn.Module):
 
         slots = bank.storage.shape[1]
         keys, key_labels, segments = None, None, None
-        if slots and self.selection[0] == "all" and self.synthesis is None and not is_reference:
-            keys, segments = bank.storage.flatten(0, 1), bank.segments()
-        elif slots:
+        if slots and is_reference:
             keys, key_labels = bank.keys()
+        elif slots:
+            keys, segments = bank.storage.flatten(0, 1), bank.segments()
         rows, counted, similar, away = contrast_rows(
             anchors,
             anchor_labels,

@@ -1,18 +1,23 @@
 """Selection: which keys each anchor is compared with (all, random, hardest, semi_hard)."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pico_fast import checks, reference
+from pico_fast.class_order import labels_of_segments
+from pico_fast.picked import pick_keys, rank_keys
 
 SAMPLINGS = ("all", "random", "hardest", "semi_hard")
 
-# similarities held at a time: a block of anchors with all keys, never anchors x keys
+# similarities held at a time: a block of anchors with all keys, never anchors x keys. A CPU reads all
+# keys anew for every block; elsewhere a block is followed by words and masks of its size
 _BLOCK = 2**24
+_BLOCK_ON_CPU = 2**26
 _KEY_TILE = 2**13
+# from this share of used keys on, empty slots cost less than taking the used rows out of the bank
+_MOSTLY_USED = 0.75
 # a walk leaves [0, n) with probability below 1/sqrt(n), at most sqrt(n) times in a row: after so many
 # steps none is left outside in practice, and nothing has to be read back to know it
 _WALKS = 16
@@ -20,14 +25,14 @@ _WALKS = 16
 torch.library.define(
     "pico_fast::select_keys",
     "(Tensor anchors, Tensor anchor_labels, Tensor? keys, Tensor? key_labels, str sampling,"
-    " int num_positives, int num_negatives, float hard_fraction, Tensor seed)"
+    " int num_positives, int num_negatives, float hard_fraction, Tensor seed,"
+    " Tensor? segments=None)"
     " -> (Tensor positive_index, Tensor negative_index, Tensor positive_similarity,"
     " Tensor negative_similarity)",
 )
 torch.library.define(
-    "pico_fast::pick_keys",
-    "(Tensor similarity, Tensor anchor_labels, Tensor key_labels, bool positive, int count,"
-    " float pool_fraction, Tensor seed, int stream, int first_row, bool in_batch) -> Tensor",
+    "pico_fast::permute_ranks",
+    "(Tensor rank, Tensor n, Tensor seed, int stream, Tensor row) -> Tensor",
 )
 
 
@@ -48,103 +53,55 @@ def product_dtype(*tensors: Tensor) -> torch.dtype:
 def _similarity(
     rows: Tensor,  # [n, D] in the product's dtype
     keys: Tensor,  # [K, D] any floating dtype
-) -> Tensor:
-    """Inner products [n, K]; keys are converted tile by tile, so no copy of the bank is made."""
-    out = rows.new_empty(rows.shape[0], keys.shape[0])
-    for first in range(0, keys.shape[0], _KEY_TILE):
-        tile = keys[first : first + _KEY_TILE].to(rows.dtype)
-        torch.mm(rows, tile.T, out=out[:, first : first + _KEY_TILE])
-    return out
+    key_index: Tensor | None,  # [n_keys] int64 into keys; None: all
+    out: Tensor,  # [n, n_keys], is written
+) -> None:
+    """Inner products; keys are taken out and converted tile by tile: no copy of the bank is made."""
+    for first in range(0, out.shape[1], _KEY_TILE):
+        here = slice(first, first + _KEY_TILE)
+        tile = keys[here] if key_index is None else keys[key_index[here]]
+        torch.mm(rows, tile.to(rows.dtype).T, out=out[:, here])
 
 
-def _ranked(
-    hardness: Tensor,  # [n, K]
-    candidate: Tensor,  # [n, K] bool
-    count: int,
-) -> Tensor:
-    """The `count` hardest candidates of each row, equal ones by lower index, -1 behind: [n, count]."""
-    n_keys = hardness.shape[1]
-    if hardness.dtype == torch.float64:
-        order = hardness.masked_fill(~candidate, -math.inf).argsort(
-            dim=1, descending=True, stable=True
-        )
-        behind = torch.arange(n_keys, device=order.device) >= candidate.sum(1, keepdim=True)
-        return order.masked_fill(behind, -1)[:, :count]
-    # one word holds similarity and index: its order is total, so the result does not depend on how
-    # topk treats equal values; adding 0 makes -0 and 0 equal
-    bits = (hardness + 0.0).view(torch.int32).long()
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    column = torch.arange(n_keys, device=bits.device)
-    nowhere = torch.iinfo(torch.int64).min
-    word = torch.where(candidate, (bits << 32) | (reference.WORD - column), nowhere)
-    word = word.topk(count, dim=1)[0]
-    return torch.where(word == nowhere, -1, reference.WORD - (word & reference.WORD))
-
-
-def pick_torch(
-    similarity: Tensor,  # [n, K]
-    anchor_labels: Tensor,  # [n] int64
+def _used(
     key_labels: Tensor,  # [K] int64
-    positive: bool,
-    count: int,
-    pool_fraction: float,
+) -> Tensor | None:
+    """Ascending indices of the used keys; None where most are used, or the device cannot be read."""
+    if key_labels.device.type != "cpu":
+        return None
+    used = key_labels >= 0
+    if int(used.sum()) >= _MOSTLY_USED * used.numel():
+        return None
+    return used.nonzero()[:, 0]
+
+
+def permute_torch(
+    rank: Tensor,  # [n, k] int64 below n
+    n: Tensor,  # [n, 1] int64
     seed: Tensor,  # [] int64
     stream: int,
-    first_row: int,
-    in_batch: bool,
+    row: Tensor,  # [n, 1] int64
 ) -> Tensor:
-    """The op `pick_keys` in PyTorch, nothing read back to the host: [n, count].
+    """The op `permute_ranks` in PyTorch: `reference.permute`, nothing read back to the host: [n, k].
 
-    The hardest keys on one side of a block of anchors whose first is anchor `first_row`, or, with a
-    pool_fraction above 0, a draw from the hardest of that share; hardest first, -1 behind the last.
+    Where the device cannot be read it is the same walk with a fixed number of steps.
     """
-    n_keys = similarity.shape[1]
-    own = anchor_labels[:, None]
-    row = first_row + torch.arange(own.shape[0], device=own.device)[:, None]
-    candidate = (own >= 0) & (key_labels >= 0) & ((own == key_labels) == positive)
-    if in_batch:
-        candidate &= row != torch.arange(n_keys, device=own.device)
-    hardness = -similarity if positive else similarity
-    width = min(count, n_keys)
-    out = key_labels.new_full((own.shape[0], count), -1)
-    if pool_fraction == 0:
-        out[:, :width] = _ranked(hardness, candidate, width)
-        return out
-    largest = max(1, math.ceil(pool_fraction * n_keys))
-    pool = _ranked(hardness, candidate, min(largest, n_keys))
-    n = candidate.sum(1, keepdim=True)
-    pool_size = (n.double() * pool_fraction).ceil().long().clamp(min=1)
-    rank = torch.arange(pool.shape[1], device=pool.device)
-    member = (rank < pool_size) & (pool >= 0)
-    lot = reference.hash32(seed, stream, row, pool)
-    lot = torch.where(member, lot, reference.WORD + 1)
-    width = min(count, pool.shape[1])
-    lot, rank = lot.topk(width, dim=1, largest=False)
-    # ranks in ascending order are hardest first again
-    rank = torch.where(lot > reference.WORD, pool.shape[1], rank).sort(1)[0]
-    picked = pool.gather(1, rank.clamp(max=pool.shape[1] - 1))
-    out[:, :width] = torch.where(rank < pool.shape[1], picked, -1)
-    return out
-
-
-torch.library.impl("pico_fast::pick_keys", "CompositeExplicitAutograd", pick_torch)
-
-
-@torch.library.register_fake("pico_fast::pick_keys")
-def _(similarity, anchor_labels, key_labels, positive, count, *_):
-    return key_labels.new_empty((similarity.shape[0], count))
-
-
-def _permute(index: Tensor, n: Tensor, seed: Tensor, stream: int, row: Tensor) -> Tensor:
-    """`reference.permute` without reading the device: the same walk with a fixed number of steps."""
     if n.device.type == "cpu":
-        return reference.permute(index, n, seed, stream, row)
+        return reference.permute(rank, n, seed, stream, row)
     a, b = reference.rectangle(n)
     state = reference.hash32(seed, stream, row)
-    out = reference.feistel(index, a, b, state)
+    out = reference.feistel(rank, a, b, state)
     for _ in range(_WALKS):
         out = torch.where(out >= n, reference.feistel(out, a, b, state), out)
     return out
+
+
+torch.library.impl("pico_fast::permute_ranks", "CompositeExplicitAutograd", permute_torch)
+
+
+@torch.library.register_fake("pico_fast::permute_ranks")
+def _(rank, *_):
+    return rank.new_empty(rank.shape)
 
 
 def _random(
@@ -170,7 +127,9 @@ def _random(
     def draw(n: Tensor, count: int, stream: int) -> tuple[Tensor, Tensor]:
         rank = torch.arange(min(count, order.numel()), device=n.device)
         inside = (rank < n) & has_slot
-        shuffled = _permute(torch.where(inside, rank, 0), n.clamp(min=1), seed, stream, row)
+        shuffled = torch.ops.pico_fast.permute_ranks.default(
+            torch.where(inside, rank, 0), n.clamp(min=1), seed, stream, row
+        )
         return torch.where(n > count, shuffled, rank), inside
 
     n_positive = n_own - 1 if in_batch else n_own
@@ -187,23 +146,7 @@ def _random(
     return positive, negative
 
 
-def _by_hardness(
-    index: Tensor,  # [n, k] int64, -1 where there is none
-    anchors: Tensor,  # [n, D] in the product's dtype
-    keys: Tensor,  # [K, D]
-    sign: int,
-) -> Tensor:
-    """The same indices, hardest first, equal ones by lower index, -1 last."""
-    behind = torch.where(index < 0, keys.shape[0], index).sort(1)[0]
-    rows = keys[behind.clamp(max=keys.shape[0] - 1)].to(anchors.dtype)
-    hardness = sign * torch.bmm(rows, anchors[:, :, None])[..., 0]
-    hardness = hardness.masked_fill(behind == keys.shape[0], -math.inf)
-    order = hardness.argsort(dim=1, descending=True, stable=True)
-    behind = behind.gather(1, order)
-    return torch.where(behind == keys.shape[0], -1, behind)
-
-
-def _select(
+def select_any(
     anchors: Tensor,  # [A, D]
     anchor_labels: Tensor,  # [A] int64
     keys: Tensor | None,  # [K, D]; None: the anchors with one another
@@ -213,8 +156,11 @@ def _select(
     num_negatives: int,
     hard_fraction: float,
     seed: Tensor,  # [] int64
+    segments: Tensor | None = None,  # [C, G, 2] int64, instead of key_labels
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All that `select_keys` returns, a block of anchors at a time, nothing read back to the host."""
+    """All that `select_keys` returns, a block of anchors at a time; a GPU is not read back."""
+    if segments is not None:
+        key_labels = labels_of_segments(segments, keys.shape[0])
     in_batch = keys is None
     if in_batch:
         keys, key_labels = anchors, anchor_labels
@@ -224,27 +170,30 @@ def _select(
     streams = ((-1, reference.POSITIVE), (1, reference.NEGATIVE))
     index = [anchor_labels.new_full((n_anchors, count), -1) for count in counts]
     similarity = [anchors.new_zeros((n_anchors, count), dtype=dtype) for count in counts]
+    used = None if in_batch else _used(key_labels)
+    if used is not None:
+        key_labels, n_keys = key_labels[used], used.numel()
     if n_anchors == 0 or n_keys == 0:
         return *index, *similarity
     if sampling == "random":
+        queries = anchors.to(dtype)
         drawn = _random(anchor_labels, key_labels, in_batch, *counts, seed)
-        width = sum(d.shape[1] for d in drawn) * anchors.shape[1]
-    else:
-        width = n_keys
-    block = max(1, _BLOCK // max(1, width))
+        for side, (sign, _) in enumerate(streams):
+            choice = _among_all(drawn[side], used)
+            choice, products = rank_keys(queries, keys, choice, sign < 0)
+            index[side][:, : choice.shape[1]] = choice
+            similarity[side][:, : choice.shape[1]] = products
+        return *index, *similarity
+    block = max(1, (_BLOCK_ON_CPU if anchors.device.type == "cpu" else _BLOCK) // n_keys)
+    # one buffer for all blocks: fresh memory would be cleared by the system each time
+    buffer = anchors.new_empty(min(block, n_anchors), n_keys, dtype=dtype)
     for first in range(0, n_anchors, block):
         here = slice(first, first + block)
         queries = anchors[here].to(dtype)
-        if sampling == "random":
-            for side, (sign, _) in enumerate(streams):
-                picked = _by_hardness(drawn[side][here], queries, keys, sign)
-                index[side][here, : picked.shape[1]] = picked
-                products = _products(queries, keys, picked)
-                similarity[side][here, : picked.shape[1]] = products
-            continue
-        products = _similarity(queries, keys)
+        products = buffer[: queries.shape[0]]
+        _similarity(queries, keys, used, products)
         for side, (sign, stream) in enumerate(streams):
-            picked = torch.ops.pico_fast.pick_keys.default(
+            picked = pick_keys(
                 products,
                 anchor_labels[here],
                 key_labels,
@@ -255,26 +204,25 @@ def _select(
                 stream,
                 first,
                 in_batch,
+                used,
             )
-            index[side][here] = picked
+            index[side][here] = _among_all(picked, used)
             found = products.gather(1, picked.clamp(min=0)).masked_fill_(picked < 0, 0.0)
             similarity[side][here] = found
     return *index, *similarity
 
 
-def _products(
-    rows: Tensor,  # [n, D] in the product's dtype
-    keys: Tensor,  # [K, D]
-    index: Tensor,  # [n, k] int64, -1 where there is none
+def _among_all(
+    picked: Tensor,  # [n, k] int64 into the used keys, -1 where there is none
+    used: Tensor | None,  # [n_keys] int64
 ) -> Tensor:
-    """Inner products with the indexed keys, 0 where there is none: [n, k]."""
-    picked = keys[index.clamp(min=0)].to(rows.dtype)
-    return torch.bmm(picked, rows[:, :, None])[..., 0].masked_fill(index < 0, 0.0)
+    """The same picks as indices into all keys: [n, k]."""
+    return picked if used is None else torch.where(picked < 0, -1, used[picked.clamp(min=0)])
 
 
 def _select_without_autocast(*args):
     with torch.autocast(args[0].device.type, enabled=False):
-        return _select(*args)
+        return select_any(*args)
 
 
 torch.library.impl("pico_fast::select_keys", "CompositeExplicitAutograd", _select_without_autocast)

@@ -1,7 +1,7 @@
 """Selection on an NVIDIA GPU: launching `pico_fast.kernels.selection` and `.sampling`.
 
-hardest, negatives: a threshold for each anchor from a sample of the keys, one walk over all keys that appends what
-reaches it, a sort of what was appended. Anchors for which the sample misled, and the positives, whose
+hardest, negatives: a threshold for each anchor from a sample of the keys, a walk over all keys that appends
+what reaches it, a sort of what was appended. Anchors for which the sample misled, and the positives, whose
 class is a small part of the keys, get their exact threshold digit by digit. Who those anchors are is
 known on the device alone: walks in which nobody takes part end at once.
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pico_fast import class_order, contrast_gpu, reference
 from pico_fast.kernels import configs, sampling, selection
-from pico_fast.selection import _permute as permute
+from pico_fast.selection import permute_torch
 
 # most keys that the kernels select on one side
 MAX_COUNT = 8192
@@ -228,7 +228,9 @@ def _semi_hard(side: _Side, used: Tensor, fraction: float, seed: Tensor, stream:
         there = place < n_valid
         if n_keys > size:
             # a draw without replacement; where all fit, the first ones are all
-            drawn = permute(place, n_valid.clamp(min=1), seed, reference.SAMPLE, 0)
+            drawn = permute_torch(
+                place, n_valid.clamp(min=1), seed, reference.SAMPLE, place[:1] * 0
+            )
             place = torch.where(n_valid > size, drawn, place)
         sample = _Sample(side, place, there)
         pool = torch.minimum(_share(sample.negatives, fraction), sample.negatives).int()
@@ -258,7 +260,7 @@ def _semi_hard(side: _Side, used: Tensor, fraction: float, seed: Tensor, stream:
     side.append(used, threshold, states=states, lots=lot)
 
 
-def select(
+def select_keys(
     anchors: Tensor,  # [A, D]
     anchor_labels: Tensor,  # [A] int64
     keys: Tensor | None,  # [K, D]; None: the anchors with one another
@@ -270,7 +272,7 @@ def select(
     seed: Tensor,  # [] int64
     segments: Tensor | None = None,  # [C, G, 2] int64, instead of key_labels
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four outputs of the op `pico_fast::select_keys` for "hardest" and "semi_hard"."""
+    """The op `select_keys` for "hardest" and "semi_hard"."""
     arranged = class_order.class_order(anchor_labels, key_labels, segments)
     # a temperature is the loss's affair
     work = contrast_gpu.make_pass(anchors, keys, arranged, 1.0)

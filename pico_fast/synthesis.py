@@ -54,7 +54,7 @@ def check_synthesis(value: object) -> None:
         raise TypeError(f"synthesis: expected a Synthesis or None, got {checks.describe(value)}")
 
 
-def _mix_negatives(
+def mix_any(
     anchors: Tensor,  # [A, D]
     keys: Tensor | None,  # [K, D]; None: the anchors
     pool_index: Tensor,  # [A, pool] int64 into keys, -1 behind the last
@@ -92,7 +92,7 @@ def _mix_negatives(
     return lse, mean
 
 
-torch.library.impl("pico_fast::mix_negatives", "CompositeExplicitAutograd", _mix_negatives)
+torch.library.impl("pico_fast::mix_negatives", "CompositeExplicitAutograd", mix_any)
 
 
 @torch.library.register_fake("pico_fast::mix_negatives")

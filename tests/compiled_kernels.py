@@ -141,7 +141,8 @@ def walks(generation, dtype, channels) -> list[tuple[str, tuple]]:
             constants |= {"OWN": own, "IN_BATCH": gather, "SIGN": -1 if own else 1, "COUNT": count}
             constants |= {"DRAW": draw, "SHIFT": shift, "CAPACITY": 4096}
             what = f"{'count' if count else 'append'}{' draw' if draw else ''}"
-            name = f"{what} {TYPES[dtype]} {channels} {'own' if own else 'other'} {'gather' if gather else 'bank'}"
+            side, way = "own" if own else "other", "gather" if gather else "bank"
+            name = f"{what} {TYPES[dtype]} {channels} {side} {way}"
             found.append((name, (selection.walk_kernel, arguments, constants, launch)))
     return found
 

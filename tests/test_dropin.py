@@ -13,7 +13,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.functional import interpolate, normalize
 
 import pico_fast
-from pico_fast import contrast_any, contrast_selected, pixels, reference, selection, synthesis
+from pico_fast import (
+    contrast_any,
+    contrast_selected,
+    picked,
+    pixels,
+    reference,
+    selection,
+    synthesis,
+)
 from pico_fast.labels import _on_grid
 
 # the compiler lists torch's functions once; it must see the true ones, before a fixture wraps any
@@ -217,7 +225,14 @@ def op_calls(name, keyed):
         similarity = anchors @ (keys if keyed else anchors).T
         key_labels = key_labels if keyed else anchor_labels
         return (similarity, anchor_labels, key_labels, False, 4, 0.5, seed, 6, 0, not keyed)
+    if name == "permute_ranks":
+        n = torch.tensor([[11], [200]])
+        return (torch.arange(11).repeat(2, 1), n, seed, 6, torch.arange(2)[:, None])
     chosen = ops.select_keys(*pairs, "hardest", 3, 4, 0.5, seed)
+    if name == "rank_keys":
+        return (anchors, keys if keyed else anchors, chosen[1], False)
+    if name == "weighted_rows":
+        return (keys if keyed else anchors, chosen[1], torch.rand(7, 4))
     mixing = (anchors, keys, chosen[1], 3, 2, 0.1, seed)
     if name == "mix_negatives":
         return mixing
@@ -319,7 +334,10 @@ def test_a_step_reads_nothing_back(sampling, queues):
 INSIDE = {
     "labels_on_grid": _on_grid,
     "select_keys": selection._select,
-    "pick_keys": selection.pick_torch,
+    "pick_keys": picked.pick_torch,
+    "permute_ranks": selection.permute_torch,
+    "rank_keys": picked.rank_torch,
+    "weighted_rows": picked.rows_torch,
     "mix_negatives": synthesis._mix_negatives,
     "contrast_all": contrast_any.contrast_all,
     "contrast_all_keys_grad": contrast_any.contrast_all_keys_grad,

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 import pico_fast
-from pico_fast import reference, selection
+from pico_fast import picked, reference, selection
 
 
 def clustered(n_anchors=23, n_keys=700, dim=16, classes=6, seed=0, dtype=torch.float32):
@@ -172,7 +172,9 @@ def test_the_walk_of_fixed_length_is_the_permutation(monkeypatch):
     class Elsewhere(torch.Tensor):
         device = torch.device("meta")
 
-    found = selection._permute(
+    whole = (rank, n, torch.tensor(7), reference.NEGATIVE, row)
+    assert torch.equal(torch.ops.pico_fast.permute_ranks(*whole), expected)
+    found = selection.permute_torch(
         rank, n.as_subclass(Elsewhere), torch.tensor(7), reference.NEGATIVE, row
     )
     assert torch.equal(found.as_subclass(torch.Tensor), expected)
@@ -211,14 +213,137 @@ def test_no_matrix_of_anchors_and_keys_is_made(monkeypatch):
     whole = {s: pico_fast.select_keys(*pairs, s, 7, 33) for s in selection.SAMPLINGS}
     largest = []
     original = selection._similarity
-    monkeypatch.setattr(selection, "_BLOCK", 3000 * 3)
+    monkeypatch.setattr(selection, "_BLOCK_ON_CPU", 3000 * 3)
     monkeypatch.setattr(
         selection,
         "_similarity",
-        lambda rows, keys: largest.append(len(rows) * len(keys)) or original(rows, keys),
+        lambda rows, *keys: largest.append(len(rows) * len(keys[0])) or original(rows, *keys),
     )
     for sampling, want in whole.items():
         got = pico_fast.select_keys(*pairs, sampling, 7, 33)
         for a, b in zip(got[2:], want[2:], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     assert max(largest) == 3000 * 3
+
+
+@pytest.mark.parametrize("name", ("clustered", "duplicated", "one similarity", "float64"))
+@pytest.mark.parametrize("step", (2, 20))
+def test_empty_slots_between_the_keys_change_nothing(name, step, monkeypatch):
+    """A CPU takes the used keys out of a bank with many empty slots: ties and draws stay as they are."""
+    anchors, anchor_labels, keys, key_labels = bank(name)
+    key_labels = key_labels.clamp(min=0)
+    # so few bits that products are exact: whatever makes them, equal ones are equal
+    anchors, keys = (anchors * 16).round() / 16, (keys * 16).round() / 16
+    sparse = keys.new_full((len(keys) * step, keys.shape[1]), math.nan)
+    labels = torch.full((len(sparse),), -3)
+    sparse[step - 1 :: step], labels[step - 1 :: step] = keys, key_labels
+    pairs = (anchors, anchor_labels, sparse, labels)
+    options = {"num_positives": 4, "num_negatives": 50, "hard_fraction": 0.3, "seed": 5}
+    for sampling in selection.SAMPLINGS:
+        found = pico_fast.select_keys(*pairs, sampling, **options)
+        wanted = pico_fast.select_keys(*pairs, sampling, **options, impl="reference")
+        with monkeypatch.context() as patch:
+            patch.setattr(selection, "_MOSTLY_USED", 0.0)
+            with_empty_slots = pico_fast.select_keys(*pairs, sampling, **options)
+        dense = pico_fast.select_keys(anchors, anchor_labels, keys, key_labels, sampling, **options)
+        assert all(torch.equal(a, b) for a, b in zip(found, with_empty_slots, strict=True))
+        for got, want in zip(found, wanted, strict=True):
+            # the reference has equal similarities of a random draw in the order (class, index)
+            by_class = sampling == "random" and got.dtype == torch.int64
+            assert torch.equal(got.sort(1)[0], want.sort(1)[0]) if by_class else got.equal(want)
+        for side in range(2):
+            if sampling in ("hardest", "random"):
+                index = torch.where(dense[side] < 0, -1, dense[side] * step + step - 1)
+                assert torch.equal(found[side], index)
+    labels[:] = -1
+    for sampling in selection.SAMPLINGS:
+        found = pico_fast.select_keys(*pairs, sampling, **options)
+        assert all((index == -1).all() for index in found[:2])
+        assert all((similarity == 0).all() for similarity in found[2:])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("n_keys", (30, 9000))
+@pytest.mark.parametrize("fraction", (0.0, 0.02, 0.4, 1.0))
+@pytest.mark.parametrize("in_batch", (False, True))
+def test_picks_of_the_op_are_those_of_its_formula(dtype, n_keys, fraction, in_batch):
+    """The same similarities, rounded so that many are equal: the picks agree index by index."""
+    similarity = (torch.randn(20, n_keys, dtype=dtype) * 50).round() / 50
+    similarity[:, ::7] *= -0.0
+    keys, seed = torch.randint(-2, 5, (n_keys,)), torch.tensor(2**40 + 7)
+    for key_index in (None, torch.arange(n_keys) * 3):
+        # in batch the rows are anchors 3 to 22, and those that are no keys are empty slots
+        names = torch.arange(n_keys) if key_index is None else key_index
+        rows = torch.full((3 * n_keys,), -1).index_put_((names,), keys)[3:23]
+        rows = rows if in_batch else torch.randint(-1, 4, (20,))
+        for positive, count in ((True, 9), (False, 40), (False, n_keys + 5)):
+            asked = (positive, count, fraction, seed, 5, 3, in_batch, key_index)
+            found = torch.ops.pico_fast.pick_keys(similarity, rows, keys, *asked)
+            assert torch.equal(found, picked.pick_torch(similarity, rows, keys, *asked))
+
+
+def test_draws_go_by_the_index_among_all_keys():
+    similarity, labels = torch.zeros(1, 60), torch.ones(60, dtype=torch.int64)
+    asked = (False, 6, 1.0, torch.tensor(3), 6, 0, False)
+    whole_labels = torch.full((600,), -1)
+    whole_labels[5::10] = 1
+    whole = picked.pick_torch(torch.zeros(1, 600), labels[:1] * 0, whole_labels, *asked)
+    for op in (torch.ops.pico_fast.pick_keys, picked.pick_torch):
+        part = op(similarity, labels[:1] * 0, labels, *asked, torch.arange(5, 600, 10))
+        assert torch.equal(part * 10 + 5, whole)
+        assert not torch.equal(op(similarity, labels[:1] * 0, labels, *asked) * 10 + 5, whole)
+
+
+def picks(n, k, n_keys):
+    """Indices [n, k], all different in a row, some -1 anywhere in it, all in the last row."""
+    index = torch.rand(n, n_keys).argsort(1)[:, :k]
+    index[torch.rand(n, k) < 0.2] = -1
+    index[-1] = -1
+    return index
+
+
+@pytest.mark.parametrize("row_dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+@pytest.mark.parametrize("dim", (1, 19, 256))
+def test_picked_rows_are_ranked_and_summed(dtype, row_dtype, dim, monkeypatch):
+    row_dtype = torch.float64 if dtype == torch.float64 else row_dtype
+    keys, rows = torch.randn(90, dim).to(dtype), torch.randn(12, dim, dtype=row_dtype)
+    keys[40:80] = keys[:40]  # ties
+    index, weight = picks(12, 30, 90), torch.randn(12, 30, dtype=row_dtype)
+    exact = rows.double() @ keys.double().T
+    tolerance = 1e-11 if row_dtype == torch.float64 else 2e-6 * dim**0.5
+    monkeypatch.setattr(picked, "_BLOCK", 4 * 30 * dim)
+    for positive in (True, False):
+        for op in (picked.rank_keys, picked.rank_torch):
+            order, products = op(rows, keys, index, positive)
+            assert torch.equal(order.sort(1)[0], index.sort(1)[0])
+            assert products.dtype == row_dtype
+            want = exact.gather(1, order.clamp(min=0)).masked_fill(order < 0, 0.0)
+            torch.testing.assert_close(products.double(), want, rtol=0, atol=tolerance)
+            there = order >= 0
+            assert (there[:, :-1] >= there[:, 1:]).all() and (products[~there] == 0).all()
+            hardness = (-products if positive else products).masked_fill(~there, -math.inf)
+            assert (hardness[:, :-1] >= hardness[:, 1:]).all()
+            equal = (hardness[:, :-1] == hardness[:, 1:]) & there[:, 1:]
+            assert (order[:, :-1][equal] < order[:, 1:][equal]).all()
+    dense = torch.zeros(12, 91, dtype=torch.float64)
+    dense.scatter_(1, torch.where(index < 0, 90, index), weight.double())
+    for dense_from in (0, 64):
+        monkeypatch.setattr(picked, "_DENSE", dense_from)
+        for op in (picked.weighted_rows, picked.rows_torch):
+            sums = op(keys, index, weight * (index >= 0))
+            assert sums.dtype == row_dtype
+            want = dense[:, :-1] @ keys.double()
+            torch.testing.assert_close(sums.double(), want, rtol=0, atol=4 * tolerance)
+
+
+def test_a_picked_row_without_a_number_harms_no_other():
+    keys, rows, index = torch.randn(500, 8), torch.randn(3, 8), picks(3, 400, 500)
+    keys[index[1, :40].clamp(min=0)] = math.nan
+    order, products = picked.rank_keys(rows, keys, index, False)
+    assert torch.equal(order.sort(1)[0], index.sort(1)[0])
+    known = ~products.isnan()
+    want = (rows @ keys.T).gather(1, order.clamp(min=0)).masked_fill(order < 0, 0.0)
+    torch.testing.assert_close(products[known], want[known])
+    weight = torch.rand(3, 400).masked_fill(keys[index.clamp(min=0), 0].isnan(), 0.0)
+    assert picked.weighted_rows(keys, index, weight).isfinite().all()

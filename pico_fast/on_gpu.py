@@ -1,0 +1,66 @@
+"""Which ops run in Triton on an NVIDIA GPU, and for which tensors; for others they run in PyTorch there.
+
+Triton is imported when one of them first runs. Where it is not installed, and on ROCm, the PyTorch
+implementations stay; `python -m pico_fast.info` tells which run.
+"""
+
+import importlib
+import importlib.util
+
+import torch
+
+from pico_fast import contrast_any, picked, selection, synthesis
+
+
+def _contrast(page, anchors, anchor_labels, keys, *_):
+    return page.takes(anchors, keys)
+
+
+def _keys_grad(page, grad_loss, anchors, anchor_labels, keys, *_):
+    return page.takes(anchors, keys)
+
+
+def _select(page, anchors, anchor_labels, keys, key_labels, sampling, positives, negatives, *_):
+    return page.takes(anchors, keys, sampling, positives, negatives)
+
+
+def _rank(page, rows, keys, index, positive):
+    return page.takes(rows, keys, picks=index.shape[1])
+
+
+def _sum(page, keys, index, weight):
+    return page.takes(keys, weight) if index.shape[1] else False
+
+
+def _mix(page, anchors, keys, pool_index, *_):
+    some = pool_index.shape[1] > 0
+    return some and page.takes(anchors, anchors if keys is None else keys)
+
+
+# op: the page with its kernel of the same name, whom that is for, and what runs otherwise
+_OPS = {
+    "contrast_all": ("contrast_gpu", _contrast, contrast_any.contrast_all),
+    "contrast_all_keys_grad": ("contrast_gpu", _keys_grad, contrast_any.contrast_all_keys_grad),
+    "select_keys": ("selection_gpu", _select, selection.select_any),
+    "rank_keys": ("picked_gpu", _rank, picked.rank_torch),
+    "weighted_rows": ("picked_gpu", _sum, picked.rows_torch),
+    "mix_negatives": ("picked_gpu", _mix, synthesis.mix_any),
+}
+
+
+def _in_triton(op: str):
+    name, is_for, otherwise = _OPS[op]
+
+    def run(*args):
+        page = importlib.import_module(f"pico_fast.{name}")
+        mine = getattr(page, op) if is_for(page, *args) else otherwise
+        # autocast would reach into the products, and Triton launches on the current device
+        with torch.cuda.device(args[0].device), torch.autocast("cuda", enabled=False):
+            return mine(*args)
+
+    return run
+
+
+if importlib.util.find_spec("triton") is not None and torch.version.hip is None:
+    for _op in _OPS:
+        torch.library.impl(f"pico_fast::{_op}", "CUDA", _in_triton(_op))
