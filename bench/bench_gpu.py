@@ -96,3 +96,40 @@ def test_contrast_all(compare, n_anchors, slots):
         "below 57 % of the product"
     )
     assert medians["pico_fast"] < medians.get("flash_attention", float("inf"))
+
+
+@pytest.mark.parametrize("n_anchors", (1024, 4096))
+@pytest.mark.parametrize("sampling", ("hardest", "semi_hard", "random"))
+def test_contrast_selected(compare, sampling, n_anchors):
+    """Loss and gradient on 1024 and 2048 selected keys of 1.71 M, beside full-matrix PyTorch."""
+    slots = 10_000
+    labels = torch.arange(CLASSES, device="cuda").repeat_interleave(slots)
+    keys = torch.randn(len(labels), CHANNELS, device="cuda", dtype=torch.bfloat16)
+    keys = normalize(keys, dim=1)
+    anchors = normalize(torch.randn(n_anchors, CHANNELS, device="cuda"), dim=1).requires_grad_()
+    anchor_labels = torch.randint(0, CLASSES, (n_anchors,), device="cuda")
+    size = 8192
+    left = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    block = 128  # rows whose similarities to all keys fit beside everything else
+
+    def ours():
+        loss = pico_fast.contrast(anchors, anchor_labels, keys, labels, 0.1, sampling)
+        return torch.autograd.grad(loss, anchors)
+
+    def matmul_topk():
+        for first in range(0, n_anchors, block):
+            here = slice(first, first + block)
+            rows = anchors[here].detach().requires_grad_()
+            loss = peers.matmul_topk(
+                rows.bfloat16(), anchor_labels[here], keys, labels, 1024, 2048, 0.1
+            )
+            torch.autograd.grad(loss, rows)
+
+    runs = {"pico_fast": ours, "product 8192": lambda: left @ left}
+    if sampling == "hardest":
+        runs["matmul + topk"] = matmul_topk
+    medians = compare(f"loss + gradient, {sampling}, {n_anchors} x {len(keys)}", runs, "cuda")
+    floor = 2 * n_anchors * len(keys) * CHANNELS / (2 * size**3) * medians["product 8192"]
+    print(f"{sampling}, {n_anchors} anchors: {medians['pico_fast'] / floor:.2f} x one product")
+    if sampling == "hardest":
+        assert medians["matmul + topk"] >= 3 * medians["pico_fast"]

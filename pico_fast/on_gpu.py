@@ -29,7 +29,7 @@ def _rank(page, rows, keys, index, positive):
 
 
 def _sum(page, keys, index, weight):
-    return page.takes(keys, weight) if index.shape[1] else False
+    return index.shape[1] > 0 and weight.dtype == torch.float32 and page.takes(keys)
 
 
 def _mix(page, anchors, keys, pool_index, *_):

@@ -7,6 +7,8 @@ import itertools
 
 import torch
 
+import pico_fast
+
 
 def region_pooling() -> None:
     # planes of whole vectors, skewed ones, a stretch that ends within a tile, more than one range
@@ -41,10 +43,31 @@ def contrast() -> None:
         ops.contrast_all_keys_grad(torch.ones(70, device="cuda"), *pairs, lse, count, 0.1)
 
 
-if __name__ == "__main__":
-    import pico_fast  # noqa: F401  (registers the ops)
+def selection() -> None:
+    # few keys, by digits; many, by a sample and its repair; what is picked, and mixes
+    for n_keys, kind in ((300, "random"), (6000, "random"), (6000, "duplicates")):
+        anchors = torch.randn(33, 64, device="cuda")
+        labels = torch.randint(-1, 4, (33,), device="cuda")
+        keys = torch.randn(n_keys, 64, device="cuda").bfloat16()
+        if kind == "duplicates":
+            keys = keys[torch.randint(0, 5, (n_keys,), device="cuda")]
+        key_labels = torch.randint(-1, 4, (n_keys,), device="cuda")
+        for sampling in ("hardest", "semi_hard", "random"):
+            pico_fast.contrast(
+                anchors.requires_grad_(),
+                labels,
+                keys,
+                key_labels,
+                sampling=sampling,
+                num_positives=9,
+                num_negatives=20,
+                synthesis=pico_fast.Synthesis(5, 3, 12),
+            ).backward()
 
+
+if __name__ == "__main__":
     region_pooling()
     contrast()
+    selection()
     torch.cuda.synchronize()
     print("every kernel ran")

@@ -333,12 +333,12 @@ def test_a_step_reads_nothing_back(sampling, queues):
 # what runs inside the ops on a device without compiled kernels
 INSIDE = {
     "labels_on_grid": _on_grid,
-    "select_keys": selection._select,
+    "select_keys": selection.select_any,
     "pick_keys": picked.pick_torch,
     "permute_ranks": selection.permute_torch,
     "rank_keys": picked.rank_torch,
     "weighted_rows": picked.rows_torch,
-    "mix_negatives": synthesis._mix_negatives,
+    "mix_negatives": synthesis.mix_any,
     "contrast_all": contrast_any.contrast_all,
     "contrast_all_keys_grad": contrast_any.contrast_all_keys_grad,
     "gather_pixels": pixels.gather_torch,
