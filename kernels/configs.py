@@ -116,8 +116,8 @@ def _width(channels: int) -> int:
     return max(64, 1 << (channels - 1).bit_length())
 
 
-def _family(generation: int) -> int:
-    """The GPU's rows: consumer cards have less shared memory than those of the datacentre."""
+def family(generation: int) -> int:
+    """Whose rows a GPU takes: consumer cards have less shared memory than those of the datacentre."""
     if generation in (86, 87, 89) or generation >= 120:
         return 86
     return min(max(generation // 10 * 10, 80), 100)
@@ -127,7 +127,7 @@ def negatives(
     generation: int, dtype: torch.dtype, channels: int, running: bool, gather: bool
 ) -> Launch:
     """Settings of negatives_kernel."""
-    row = (_family(generation), dtype.itemsize, _width(channels))
+    row = (family(generation), dtype.itemsize, _width(channels))
     # masks of padded channels cost registers as well
     wide = running or gather or channels not in (64, 128, 256, 512)
     return NEGATIVES_WIDE.get(row, NEGATIVES[row]) if wide else NEGATIVES[row]
@@ -146,6 +146,10 @@ def keys_grad(dtype: torch.dtype, channels: int) -> Launch:
 def selection(dtype: torch.dtype, channels: int) -> Launch:
     """Settings of the walks of selection."""
     return SELECTION[dtype.itemsize, _width(channels)]
+
+
+# Warps of draw_kernel: its nine counts of digits are all inlined.
+DRAW_WARPS = 8
 
 
 def order_warps(capacity: int) -> int:

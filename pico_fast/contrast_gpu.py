@@ -38,6 +38,11 @@ def takes(anchors: Tensor, keys: Tensor | None) -> bool:
     return some and not (exact or wide) and anchors.shape[1] <= MAX_CHANNELS
 
 
+def device_of(x: Tensor) -> tuple[int, int]:
+    """Generation and number of multiprocessors of the GPU that holds x."""
+    return _device(x.device.index or 0)
+
+
 @functools.cache
 def _device(index: int) -> tuple[int, int]:
     """Generation (major * 10 + minor) and number of multiprocessors of a GPU."""
@@ -150,7 +155,7 @@ def make_pass(
     temperature: float,
 ) -> Pass:
     """What all launches of one call share, from anchors and keys in any layout."""
-    generation, processors = _device(anchors.device.index or 0)
+    generation, processors = device_of(anchors)
     keys = _with_rows(anchors if keys is None else keys)
     empty = (arranged.low < 0).unsqueeze(1)
     dtype = _dtype(keys.dtype)

@@ -20,7 +20,7 @@ from pico_fast import class_order, contrast_gpu, reference
 from pico_fast.kernels import configs, sampling, selection
 from pico_fast.selection import permute_torch
 
-# most keys that the kernels select on one side
+# most keys that the kernels select on one side; consumer cards sort half as many
 MAX_COUNT = 8192
 # keys of a sample; similarities of a block of anchors with it
 _SAMPLE = 2**16
@@ -35,7 +35,9 @@ _LEAST = torch.iinfo(torch.int64).min
 def takes(anchors: Tensor, keys: Tensor | None, sampling: str, *counts: int) -> bool:
     """Whether the kernels are for these; see `contrast_gpu.takes`. float32 rows of 512 do not fit."""
     wide = anchors.shape[1] > 256 and (anchors if keys is None else keys).dtype == torch.float32
-    hard = sampling in ("hardest", "semi_hard") and max(counts) <= MAX_COUNT
+    small = configs.family(contrast_gpu.device_of(anchors)[0]) == 86
+    most = MAX_COUNT // 2 if small else MAX_COUNT
+    hard = sampling in ("hardest", "semi_hard") and max(counts) <= most
     return hard and not wide and contrast_gpu.takes(anchors, keys)
 
 
@@ -249,6 +251,7 @@ def _semi_hard(side: _Side, used: Tensor, fraction: float, seed: Tensor, stream:
                 len(place),
                 BLOCK=2048,
                 CAPACITY=side.capacity,
+                num_warps=configs.DRAW_WARPS,
             )
         # a sample of all keys in use is exact, however few they are
         used = (used != 0) & (n_valid > size) & (sample.negatives < sharp)

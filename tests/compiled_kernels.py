@@ -26,6 +26,7 @@ CHANNELS = {
 
 # launched with Triton's own number of warps
 ONE = configs.Launch(1, 0, 4, 1)
+TWO = configs.Launch(1, 0, configs.DRAW_WARPS, 1)
 
 
 def pointers(names: str, kind: str) -> dict[str, str]:
@@ -147,14 +148,17 @@ def walks(generation, dtype, channels) -> list[tuple[str, tuple]]:
     return found
 
 
-def by_row() -> list[tuple[str, tuple]]:
-    """Kernels of which a program has one anchor."""
+def by_row(generation) -> list[tuple[str, tuple]]:
+    """Kernels of which a program has one anchor: for the smallest shared memory and for Hopper."""
     found = []
+    if generation not in (86, 90):
+        return found
     for shift in (53, 32):
         arguments = pointers("active counts", "*i32") | pointers("threshold rank", "*i64")
         constants = {"LOWEST": False, "SHIFT": shift}
         found.append(("narrow_kernel", (selection.narrow_kernel, arguments, constants, ONE)))
-    for capacity in (4096, 16384):
+    # the consumer cards have no room for more than 8192
+    for capacity in (8192,) if generation == 86 else (4096, 16384):
         arguments = pointers("candidates order index", "*i64") | pointers("found low", "*i32")
         arguments |= {"similarity": "*fp32", "N": "i32"}
         launch = configs.Launch(1, 0, configs.order_warps(capacity), 1)
@@ -167,7 +171,7 @@ def by_row() -> list[tuple[str, tuple]]:
     arguments = pointers("key_rows states candidates", "*i64") | {"sample": "*fp32"}
     arguments |= pointers("places low high pool found", "*i32") | pointers("count W", "i32")
     constants = {"BLOCK": 2048, "CAPACITY": 4096}
-    found.append(("draw_kernel", (sampling.draw_kernel, arguments, constants, ONE)))
+    found.append(("draw_kernel", (sampling.draw_kernel, arguments, constants, TWO)))
     for channels in (256, 1024):
         sizes = {"D": channels, "BD": channels, "ROWS": max(4, min(64, 8192 // channels))}
         of_all = {"keys": "*bf16", "key_stride": "i32", "n": "i32"}
@@ -205,7 +209,7 @@ def jobs(generation: int) -> list[tuple[str, tuple]]:
             found.append((f"keys_grad {name}", keys_grad(dtype, channels)))
             if channels in (64, 128, 256, 512) and (channels < 512 or dtype.itemsize == 2):
                 found += walks(generation, dtype, channels)
-    return found + by_row()
+    return found + by_row(generation)
 
 
 def compile_one(generation: int, index: int) -> dict:

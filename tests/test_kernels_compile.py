@@ -41,12 +41,13 @@ def test_resources(rows, capsys):
     bad = []
     for row, line in zip(rows, table[1:], strict=True):
         multiplies = "_kernel" not in row["kernel"]
+        several = row["launch"][3] > 1
         narrow = "fp32" not in row["kernel"]  # float32 tiles are transposed on their way
         if (
             (row["spilled"] != 0 and row["kernel"] not in KNOWN)
             or row["shared"] > offline.SHARED_LIMIT[row["generation"]]
             or (multiplies and not row["matrix"])
-            or (multiplies and narrow and not row["copies"])
+            or (multiplies and narrow and several and not row["copies"])
         ):
             bad.append(line)
     assert not bad, "\n".join([table[0], *bad])
@@ -54,4 +55,4 @@ def test_resources(rows, capsys):
 
 def test_every_generation_has_every_kernel(rows):
     counts = [sum(row["generation"] == g for row in rows) for g in GENERATIONS]
-    assert min(counts) == max(counts) >= 60
+    assert min(counts) >= 100
