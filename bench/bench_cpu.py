@@ -74,8 +74,8 @@ def test_contrast_selected(compare, sampling):
     options = {"temperature": TEMPERATURE, "sampling": sampling}
     mixes = {"synthesis": pico_fast.Synthesis()}
     name, peer = ("matmul + topk", peers.matmul_topk)
-    if sampling == "semi_hard":
-        name, peer = ("full matrix", peers.semi_hard)
+    if sampling != "hardest":
+        name, peer = ("semi_hard, full matrix", peers.semi_hard)
     runs = {
         "pico_fast": with_backward(pico_fast.contrast, *pairs, **options),
         "pico_fast, synthesis": with_backward(pico_fast.contrast, *pairs, **options, **mixes),
@@ -87,7 +87,7 @@ def test_contrast_selected(compare, sampling):
         # two draws from the same pools: the means over all anchors are close
         torch.testing.assert_close(runs["pico_fast"]()[0], runs[name]()[0], rtol=1e-2, atol=0)
     medians = compare(f"loss + gradient, {sampling}", runs)
-    assert medians[name] >= 2 * medians["pico_fast"]
+    assert medians[name] >= (10 if sampling == "random" else 2) * medians["pico_fast"]
 
 
 def test_a_mostly_empty_bank_costs_what_it_holds(compare):

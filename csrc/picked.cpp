@@ -1,6 +1,7 @@
 // Keys that were picked for each anchor, on a CPU: their inner products and order, and their sums
-// by weight. One task owns an anchor and reads the rows one by one: no copy of the picked rows is
-// made.
+// by weight. A task owns a block of anchors and takes all their picks tile by tile of the keys, so
+// that a key is read from memory once for the block and not once for each pick; no copy of the
+// picked rows is made. An anchor's terms come in the same order whatever the block.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,7 +10,6 @@
 #include <cmath>
 #include <limits>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "rows.h"
@@ -21,6 +21,38 @@ using torch::stable::parallel_for;
 
 // Rows that are asked for ahead of the one in hand.
 constexpr int64_t kAhead = 4;
+// Anchors of a block at most, and bytes of a tile of keys: both stay in a second-level cache.
+constexpr int64_t kAnchors = 256, kTileBytes = 1 << 19;
+
+struct Pick {
+  int32_t anchor, key;
+  int64_t slot;
+};
+
+// Picks [first * k, last * k) of an index [n, k] that `wanted` says are there, by tile of keys and
+// within a tile in their order.
+template <typename F>
+std::vector<Pick> by_tile(const int64_t* index, int64_t first, int64_t last, int64_t k, int64_t K,
+                          int64_t row_bytes, F&& wanted) {
+  const int64_t tile = std::max<int64_t>(1, kTileBytes / row_bytes);
+  std::vector<int64_t> start(K / tile + 2);
+  for (int64_t slot = first * k; slot < last * k; ++slot)
+    if (wanted(slot)) ++start[index[slot] / tile + 1];
+  for (size_t t = 1; t < start.size(); ++t) start[t] += start[t - 1];
+  std::vector<Pick> picks(start.back());
+  for (int64_t i = first; i < last; ++i)
+    for (int64_t slot = i * k; slot < (i + 1) * k; ++slot)
+      if (wanted(slot)) {
+        const auto key = static_cast<int32_t>(index[slot]);
+        picks[start[key / tile]++] = {static_cast<int32_t>(i), key, slot};
+      }
+  return picks;
+}
+
+int64_t block_of(int64_t n) {
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  return std::clamp<int64_t>((n + threads - 1) / threads, 1, kAnchors);
+}
 
 template <typename S>
 struct Picked {
@@ -33,18 +65,20 @@ struct Picked {
   }
 };
 
-// The inner products of one anchor with its picks, in the picks' order.
+// The inner products of anchors with their picks, each into its slot.
 template <typename S, typename T>
-void multiply(const S* row, const T* keys, int64_t D, std::vector<Picked<S>>& picks) {
+void multiply(const S* rows, const T* keys, int64_t D, const std::vector<Pick>& picks,
+              S* products) {
   const auto n = static_cast<int64_t>(picks.size());
   vectorised([&]() PICO_FAST_INLINE {
     for (int64_t i = 0; i < n; ++i) {
       if (i + kAhead < n) prefetch(keys + picks[i + kAhead].key * D, D);
+      const S* row = rows + picks[i].anchor * D;
       const T* key = keys + picks[i].key * D;
       S sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t d = 0; d < D; ++d) sum += row[d] * static_cast<S>(key[d]);
-      picks[i].product = sum;
+      products[picks[i].slot] = sum;
     }
   });
 }
@@ -71,17 +105,22 @@ std::tuple<Tensor, Tensor> rank_keys(const Tensor& rows_, const Tensor& keys_, c
     const auto* row = static_cast<const S*>(rows.const_data_ptr());
     const auto* all = static_cast<const T*>(keys.const_data_ptr());
     auto* product = static_cast<S*>(products.mutable_data_ptr());
-    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    const int64_t K = keys.size(0), block = block_of(n);
+    parallel_for(0, (n + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
       std::vector<Picked<S>> picks;
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = begin * block; i < std::min(end * block, n); ++i) {
+        if (i % block == 0) {
+          const auto used = [&](int64_t slot) { return from[slot] >= 0; };
+          const int64_t last = std::min(i + block, n);
+          multiply(row, all, D, by_tile(from, i, last, k, K, D * sizeof(T), used), product);
+        }
         picks.clear();
-        for (int64_t j = i * k; j < (i + 1) * k; ++j)
-          if (from[j] >= 0) picks.push_back({0, 0, from[j]});
-        multiply(row + i * D, all, D, picks);
-        for (auto& pick : picks) {
-          pick.hardness = positive ? -pick.product : pick.product;
+        for (int64_t j = i * k; j < (i + 1) * k; ++j) {
+          if (from[j] < 0) continue;
+          Picked<S> pick{positive ? -product[j] : product[j], product[j], from[j]};
           // sorting wants an order: what is no number comes first
           if (std::isnan(pick.product)) pick.hardness = std::numeric_limits<S>::infinity();
+          picks.push_back(pick);
         }
         std::sort(picks.begin(), picks.end());
         std::fill(to + i * k, to + (i + 1) * k, int64_t{-1});
@@ -114,21 +153,21 @@ Tensor weighted_rows(const Tensor& keys_, const Tensor& index_, const Tensor& we
     const auto* weights = static_cast<const S*>(weight.const_data_ptr());
     const auto* all = static_cast<const T*>(keys.const_data_ptr());
     auto* sums = static_cast<S*>(out.mutable_data_ptr());
-    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      std::vector<std::pair<S, const T*>> terms;
-      for (int64_t i = begin; i < end; ++i) {
-        terms.clear();
-        for (int64_t j = i * k; j < (i + 1) * k; ++j)
-          if (from[j] >= 0 && weights[j] != 0) terms.emplace_back(weights[j], all + from[j] * D);
-        const auto count = static_cast<int64_t>(terms.size());
-        S* to = sums + i * D;
+    const int64_t K = keys.size(0), block = block_of(n);
+    parallel_for(0, (n + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin * block; first < std::min(end * block, n); first += block) {
+        const auto used = [&](int64_t slot) { return from[slot] >= 0 && weights[slot] != 0; };
+        const int64_t last = std::min(first + block, n);
+        const auto picks = by_tile(from, first, last, k, K, D * sizeof(T), used);
+        const auto count = static_cast<int64_t>(picks.size());
         vectorised([&]() PICO_FAST_INLINE {
           for (int64_t j = 0; j < count; ++j) {
-            if (j + kAhead < count) prefetch(terms[j + kAhead].second, D);
-            const S w = terms[j].first;
-            const T* row = terms[j].second;
+            if (j + kAhead < count) prefetch(all + picks[j + kAhead].key * D, D);
+            const S w = weights[picks[j].slot];
+            const T* term = all + picks[j].key * D;
+            S* to = sums + picks[j].anchor * D;
 #pragma omp simd
-            for (int64_t d = 0; d < D; ++d) to[d] += w * static_cast<S>(row[d]);
+            for (int64_t d = 0; d < D; ++d) to[d] += w * static_cast<S>(term[d]);
           }
         });
       }

@@ -1,9 +1,10 @@
 """Which ops run in Triton on an NVIDIA GPU, and for which tensors; for others they run in PyTorch there.
 
-Triton is imported when one of them first runs. Where it is not installed, and on ROCm, the PyTorch
-implementations stay; `python -m pico_fast.info` tells which run.
+Triton is imported when one of them first runs. Where it is not installed, on GPUs before sm_80 and on ROCm
+the PyTorch implementations stay; `python -m pico_fast.info` tells which run.
 """
 
+import functools
 import importlib
 import importlib.util
 
@@ -48,12 +49,20 @@ _OPS = {
 }
 
 
+@functools.cache
+def _is_new(device: torch.device) -> bool:
+    """Whether a GPU has what the kernels are compiled for: bfloat16 products, asynchronous copies."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _in_triton(op: str):
     name, is_for, otherwise = _OPS[op]
 
     def run(*args):
-        page = importlib.import_module(f"pico_fast.{name}")
-        mine = getattr(page, op) if is_for(page, *args) else otherwise
+        mine = otherwise
+        if _is_new(args[0].device):
+            page = importlib.import_module(f"pico_fast.{name}")
+            mine = getattr(page, op) if is_for(page, *args) else otherwise
         # autocast would reach into the products, and Triton launches on the current device
         with torch.cuda.device(args[0].device), torch.autocast("cuda", enabled=False):
             return mine(*args)
