@@ -78,6 +78,10 @@ class SegmentationNetwork(nn.Module):
 
     def __init__(self, num_classes: int, width: int = 64, stem_stride: int = 2, blocks: int = 2):
         super().__init__()
+        # with fewer channels than a vector register holds, oneDNN's backward of a strided 1x1
+        # convolution in channels_last writes past its memory (uxlfoundation/oneDNN issue 6035)
+        if width < 16:
+            raise ValueError(f"width: expected 16 or more, got {width}")
         self.stem = ConvNorm(3, width, stride=stem_stride)
         self.quarter = self._stage(width, width, blocks, stride=2)
         self.eighth = self._stage(width, 2 * width, blocks, stride=2)

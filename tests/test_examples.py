@@ -28,7 +28,7 @@ import train_segmentation
 
 SCENES = 10
 OPTIONS = (
-    "--data folder --num-classes 8 --size 48 48 --width 8 --stem-stride 1 --batch-size 4 --threads 1"
+    "--data folder --num-classes 8 --size 48 48 --width 16 --stem-stride 1 --batch-size 4 --threads 1"
     " --embedding-dim 16 --max-samples 64 --pixel-queue-size 20 --region-queue-size 8"
     " --num-positives 8 --num-negatives 16 --synthesis-count 4 --device cpu"
 )
@@ -262,7 +262,7 @@ def test_missing_data_is_named(tmp_path):
 
 def test_camvid_reduced():
     options = (
-        "--data camvid --size 48 64 --width 8 --steps 3 --batch-size 4 --threads 1 --device cpu"
+        "--data camvid --size 48 64 --width 16 --steps 3 --batch-size 4 --threads 1 --device cpu"
         " --embedding-dim 16 --max-samples 128 --pixel-queue-size 50 --region-queue-size 20"
         " --num-positives 16 --num-negatives 64 --synthesis-count 8"
     )
