@@ -1,5 +1,4 @@
-// What is drawn and in which order picks stand: the hash of pico_fast/reference.py and the order of
-// hardness.
+// What is drawn: the hash of pico_fast/reference.py.
 
 #pragma once
 
@@ -35,16 +34,5 @@ inline int64_t below(uint32_t word, int64_t n) {
   return static_cast<int64_t>((static_cast<uint64_t>(word) * static_cast<uint64_t>(n)) >> 32);
 }
 inline float uniform(uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24f; }
-
-template <typename T>
-struct Candidate {
-  T hardness;
-  int32_t key;
-
-  // harder first, equal ones by lower index
-  bool operator<(const Candidate& other) const {
-    return hardness > other.hardness || (hardness == other.hardness && key < other.key);
-  }
-};
 
 }  // namespace pico_fast

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "order.h"
 #include "rows.h"
 
 namespace pico_fast {
@@ -21,6 +22,8 @@ using torch::stable::parallel_for;
 
 // Rows that are asked for ahead of the one in hand.
 constexpr int64_t kAhead = 4;
+// Inner products in hand at once: the additions of one wait for one another, those of four do not.
+constexpr int64_t kProducts = 4;
 // Anchors of a block at most, and bytes of a tile of keys: both stay in a second-level cache.
 constexpr int64_t kAnchors = 256, kTileBytes = 1 << 19;
 
@@ -54,31 +57,33 @@ int64_t block_of(int64_t n) {
   return std::clamp<int64_t>((n + threads - 1) / threads, 1, kAnchors);
 }
 
-template <typename S>
-struct Picked {
-  S hardness, product;
-  int64_t key;
-
-  // harder first, equal ones by lower index
-  bool operator<(const Picked& other) const {
-    return hardness > other.hardness || (hardness == other.hardness && key < other.key);
-  }
-};
-
 // The inner products of anchors with their picks, each into its slot.
 template <typename S, typename T>
 void multiply(const S* rows, const T* keys, int64_t D, const std::vector<Pick>& picks,
               S* products) {
   const auto n = static_cast<int64_t>(picks.size());
   vectorised([&]() PICO_FAST_INLINE {
-    for (int64_t i = 0; i < n; ++i) {
-      if (i + kAhead < n) prefetch(keys + picks[i + kAhead].key * D, D);
-      const S* row = rows + picks[i].anchor * D;
-      const T* key = keys + picks[i].key * D;
-      S sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t d = 0; d < D; ++d) sum += row[d] * static_cast<S>(key[d]);
-      products[picks[i].slot] = sum;
+    for (int64_t i = 0; i < n; i += kProducts) {
+      const S* row[kProducts];
+      const T* key[kProducts];
+      for (int64_t j = 0; j < kProducts; ++j) {
+        // behind the last comes the last again: a product is the same sum in any company
+        const Pick& pick = picks[std::min(i + j, n - 1)];
+        row[j] = rows + pick.anchor * D;
+        key[j] = keys + pick.key * D;
+        if (i + j + kAhead < n) prefetch(keys + picks[i + j + kAhead].key * D, D);
+      }
+      S a = 0, b = 0, c = 0, e = 0;
+#pragma omp simd reduction(+ : a, b, c, e)
+      for (int64_t d = 0; d < D; ++d) {
+        a += row[0][d] * static_cast<S>(key[0][d]);
+        b += row[1][d] * static_cast<S>(key[1][d]);
+        c += row[2][d] * static_cast<S>(key[2][d]);
+        e += row[3][d] * static_cast<S>(key[3][d]);
+      }
+      const S sums[kProducts] = {a, b, c, e};
+      for (int64_t j = 0; j < std::min(kProducts, n - i); ++j)
+        products[picks[i + j].slot] = sums[j];
     }
   });
 }
@@ -107,7 +112,8 @@ std::tuple<Tensor, Tensor> rank_keys(const Tensor& rows_, const Tensor& keys_, c
     auto* product = static_cast<S*>(products.mutable_data_ptr());
     const int64_t K = keys.size(0), block = block_of(n);
     parallel_for(0, (n + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
-      std::vector<Picked<S>> picks;
+      std::vector<Candidate<S>> picks;
+      Ordering<S> ordering;
       for (int64_t i = begin * block; i < std::min(end * block, n); ++i) {
         if (i % block == 0) {
           const auto used = [&](int64_t slot) { return from[slot] >= 0; };
@@ -117,17 +123,14 @@ std::tuple<Tensor, Tensor> rank_keys(const Tensor& rows_, const Tensor& keys_, c
         picks.clear();
         for (int64_t j = i * k; j < (i + 1) * k; ++j) {
           if (from[j] < 0) continue;
-          Picked<S> pick{positive ? -product[j] : product[j], product[j], from[j]};
-          // sorting wants an order: what is no number comes first
-          if (std::isnan(pick.product)) pick.hardness = std::numeric_limits<S>::infinity();
-          picks.push_back(pick);
+          picks.push_back({positive ? -product[j] : product[j], static_cast<int32_t>(from[j])});
         }
-        std::sort(picks.begin(), picks.end());
+        ordering.sort(picks);
         std::fill(to + i * k, to + (i + 1) * k, int64_t{-1});
         std::fill(product + i * k, product + (i + 1) * k, S{0});
         for (size_t j = 0; j < picks.size(); ++j) {
           to[i * k + j] = picks[j].key;
-          product[i * k + j] = picks[j].product;
+          product[i * k + j] = positive ? -picks[j].hardness : picks[j].hardness;
         }
       }
     });

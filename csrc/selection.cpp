@@ -15,6 +15,8 @@
 #include <vector>
 
 #include "draws.h"
+#include "order.h"
+#include "rows.h"
 
 namespace pico_fast {
 namespace {
@@ -91,6 +93,7 @@ template <typename T>
 struct Scratch {
   std::vector<Candidate<T>> found, sample;
   std::vector<Lot> lots;
+  Ordering<T> ordering;
 };
 
 // Every `step`-th negative that is at least so hard. One store per key and no branch: which keys
@@ -174,7 +177,7 @@ void pick(const T* similarity, const Keys& keys, int64_t label, int64_t row, int
     for (int64_t i = 0; i < side.count; ++i) drawn.push_back(found[lots[i].place]);
     found.swap(drawn);
   }
-  std::sort(found.begin(), found.end());
+  scratch.ordering.sort(found);
   for (size_t i = 0; i < found.size(); ++i) out[i] = found[i].key;
 }
 
@@ -230,13 +233,15 @@ Tensor pick_keys(const Tensor& similarity_, const Tensor& anchor_labels_, const 
   return out;
 }
 
-// The Feistel network of the reference on [0, a * b), a and b at most 2^16.
-int64_t feistel(int64_t x, int64_t a, int64_t b, uint32_t state) {
-  int64_t left = x / b, right = x % b;
+// The Feistel network of the reference on [0, a * b), a and b at most 2^16. A quotient of numbers
+// below 2^32 is exact in double, and unlike one of integers it is made for several at once.
+PICO_FAST_INLINE inline uint32_t feistel(uint32_t x, uint32_t a, uint32_t b, uint32_t state) {
+  auto left = static_cast<uint32_t>(static_cast<double>(x) / static_cast<double>(b));
+  uint32_t right = x - left * b;
   for (uint32_t turn = 0; turn < 6; turn += 2) {
-    left += below(fold(state, (turn << 16) + static_cast<uint32_t>(right)), a);
+    left += below(fold(state, (turn << 16) + right), a);
     left -= left >= a ? a : 0;
-    right += below(fold(state, ((turn + 1) << 16) + static_cast<uint32_t>(left)), b);
+    right += below(fold(state, ((turn + 1) << 16) + left), b);
     right -= right >= b ? b : 0;
   }
   return left * b + right;
@@ -265,12 +270,15 @@ Tensor permute_ranks(const Tensor& rank_, const Tensor& n_, const Tensor& seed, 
   parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const uint32_t key = fold(state, static_cast<uint32_t>(number[i]));
-      const auto a = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(size[i]))));
-      const int64_t b = (size[i] + a - 1) / a;
-      for (int64_t j = i * k; j < (i + 1) * k; ++j) {
-        to[j] = feistel(from[j], a, b, key);
-        while (to[j] >= size[i]) to[j] = feistel(to[j], a, b, key);
-      }
+      const auto a = static_cast<uint32_t>(std::ceil(std::sqrt(static_cast<double>(size[i]))));
+      const auto b = static_cast<uint32_t>((size[i] + a - 1) / a);
+      vectorised([&]() PICO_FAST_INLINE {
+#pragma omp simd
+        for (int64_t j = i * k; j < (i + 1) * k; ++j)
+          to[j] = feistel(static_cast<uint32_t>(from[j]), a, b, key);
+        for (int64_t j = i * k; j < (i + 1) * k; ++j)
+          while (to[j] >= size[i]) to[j] = feistel(static_cast<uint32_t>(to[j]), a, b, key);
+      });
     }
   });
   return out;

@@ -347,3 +347,16 @@ def test_a_picked_row_without_a_number_harms_no_other():
     torch.testing.assert_close(products[known], want[known])
     weight = torch.rand(3, 400).masked_fill(keys[index.clamp(min=0), 0].isnan(), 0.0)
     assert picked.weighted_rows(keys, index, weight).isfinite().all()
+
+
+def test_zeros_of_either_sign_are_equal_and_infinities_have_their_place():
+    rows = torch.tensor([[1.0, 0.0]])
+    keys = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [math.inf, 1.0], [-math.inf, 1.0], [0.0, 1.0]])
+    index = torch.tensor([[4, 3, 1, 2, 0]])
+    for dtype in (torch.float32, torch.float64):
+        order, products = picked.rank_keys(rows.to(dtype), keys.to(dtype), index, False)
+        assert order.tolist() == [[2, 0, 1, 4, 3]]
+        assert products.tolist() == [[math.inf, 0.0, 0.0, 0.0, -math.inf]]
+        assert picked.rank_keys(rows.to(dtype), keys.to(dtype), index, True)[0].tolist() == [
+            [3, 0, 1, 4, 2]
+        ]
