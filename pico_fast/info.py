@@ -9,6 +9,7 @@ import torch
 
 import pico_fast
 from pico_fast import regions
+from pico_fast.presets import PRESETS
 
 
 def _version(package: str) -> str:
@@ -95,6 +96,13 @@ def report() -> str:
         *(f"  {reason}" for reason in _why_not_compiled(build)),
         "  compiled: C++ or CUDA from csrc/. Triton: kernels/. PyTorch: plain PyTorch operations.",
         "  ROCm, MPS and Windows run the PyTorch implementations; nothing is compiled for them.",
+        "",
+        "presets, and their banks of 256 channels in bfloat16:",
+        *(
+            f"  {name:15} {of.num_classes:4} classes x ({of.pixel_queue_size:6} pixels"
+            f" + {of.region_queue_size:5} regions)  {of.memory() / 2**20:6.0f} MiB"
+            for name, of in PRESETS.items()
+        ),
     ]
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from pico_fast.bank import MemoryBank
 from pico_fast.contrast import contrast_rows
 from pico_fast.labels import check_predictions, labels_on_grid, predictions_on_grid
 from pico_fast.pixels import gather_pixels
+from pico_fast.presets import preset
 from pico_fast.selection import check_sampling
 from pico_fast.synthesis import Synthesis, check_synthesis
 
@@ -150,6 +151,19 @@ class PiCoLoss(nn.Module):
         self.seed = seed
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.stats: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_preset(cls, name: str, **options: object) -> "PiCoLoss":
+        """The criterion for a data set: its classes, ignore label and the paper's queue sizes.
+
+        Args:
+            name: "cityscapes", "camvid", "pascal_context", "ade20k" or "coco_stuff"; see
+                `pico_fast.presets`, which also tells whether label 0 is a class.
+            options: any argument of PiCoLoss, those of the preset included.
+
+        `python -m pico_fast.info` prints the memory each of them takes.
+        """
+        return cls(**{**preset(name).options(), **options})
 
     def _check_ranks(self) -> None:
         if self.placement == "local" or not torch.distributed.is_available():
