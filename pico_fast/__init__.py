@@ -10,6 +10,7 @@ from pico_fast.projection import ProjectionHead
 from pico_fast.regions import region_pool
 from pico_fast.selection import SelectedKeys, select_keys
 from pico_fast.synthesis import Synthesis
+from pico_fast.tap import Tap, attach
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,8 @@ __all__ = [
     "ProjectionHead",
     "SelectedKeys",
     "Synthesis",
+    "Tap",
+    "attach",
     "contrast",
     "region_pool",
     "sample_anchors",
