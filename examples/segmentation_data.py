@@ -41,18 +41,28 @@ class Augmentation:
 
 
 class Folder:
-    """Pairs of images/SPLIT/NAME.* and labels/SPLIT/NAME.png (8-bit class numbers)."""
+    """Pairs of images/SPLIT/NAME.* and labels/SPLIT/NAME.png (8-bit class numbers).
 
-    def __init__(self, root: Path, split: str):
+    Frames of a video are near duplicates: `only` and `without` divide by how names begin, so that a
+    sequence is on one side as a whole.
+    """
+
+    def __init__(self, root: Path, split: str, only: str | None = None, without: str | None = None):
         images, labels = root / "images" / split, root / "labels" / split
         for folder in (images, labels):
             if not folder.is_dir():
                 raise FileNotFoundError(f"{folder}: expected a folder of the data set, found none")
-        self.images = sorted(p for p in images.iterdir() if not p.name.startswith("."))
+        self.images = sorted(
+            p
+            for p in images.iterdir()
+            if not p.name.startswith("." if without is None else (".", without))
+            and p.name.startswith(only or "")
+        )
         self.labels = [labels / f"{p.stem}.png" for p in self.images]
         missing = [p for p in self.labels if not p.is_file()]
         if not self.images:
-            raise FileNotFoundError(f"{images}: expected images, found none")
+            begin = "" if only is None else f" whose names begin with {only}"
+            raise FileNotFoundError(f"{images}: expected images{begin}, found none")
         if missing:
             raise FileNotFoundError(f"{len(missing)} images without labels, first {missing[0]}")
 

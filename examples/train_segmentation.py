@@ -39,6 +39,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     data.add_argument("--root", type=Path, required=True, help="folder with images/ and labels/")
     data.add_argument("--num-classes", type=int, help="needed for --data folder")
     data.add_argument("--ignore-index", type=int, default=255)
+    data.add_argument(
+        "--hold-out",
+        metavar="PREFIX",
+        help="no training on these images of train; evaluated at the end",
+    )
     data.add_argument("--size", type=int, nargs=2, default=(360, 480), metavar=("H", "W"))
     data.add_argument("--scale", type=float, nargs=2, default=(0.5, 2.0), metavar=("LOW", "HIGH"))
     data.add_argument("--workers", type=int, default=0, help="loader processes")
@@ -69,6 +74,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     pico.add_argument(
         "--sampling", choices=("all", "random", "hardest", "semi_hard"), default="semi_hard"
     )
+    pico.add_argument("--hard-fraction", type=float, default=0.1, help="pool of semi_hard")
     pico.add_argument("--num-positives", type=int, default=1024)
     pico.add_argument("--num-negatives", type=int, default=2048)
     pico.add_argument("--synthesis", action=argparse.BooleanOptionalAction, default=True)
@@ -128,6 +134,7 @@ def build_pico(
         embedding_dim=options.embedding_dim,
         temperature=options.temperature,
         sampling=options.sampling,
+        hard_fraction=options.hard_fraction,
         num_positives=options.num_positives,
         num_negatives=options.num_negatives,
         synthesis=synthesis,
@@ -238,7 +245,10 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    train_set, val_set = (Folder(options.root, split) for split in ("train", "val"))
+    train_set = Folder(options.root, "train", without=options.hold_out)
+    val_set, held_out = Folder(options.root, "val"), None
+    if options.hold_out:
+        held_out = Folder(options.root, "train", only=options.hold_out)
     per_epoch = math.ceil(len(train_set) / options.batch_size)
     steps = options.steps or (options.epochs or 200) * per_epoch
     parts, settings = build(options, len(train_set), steps), settings_of(options)
@@ -297,7 +307,13 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             if saves:
                 save_checkpoint(options.checkpoint, parts, step, settings, device)
             curve.resume()
-    return summary(options, steps, len(train_set), curve, confusion)
+    found = summary(options, steps, len(train_set), curve, confusion)
+    if held_out:
+        held_loader = DataLoader(Evaluation(held_out, size), batch_size=1, **common)
+        of_held_out = evaluate(network, held_loader, options)
+        scores = {"iou": named_iou(options, of_held_out), "miou": mean_iou(of_held_out)}
+        found["held_out"] = {"images": len(held_out), **scores}
+    return found
 
 
 def last_step(joint: nn.Module | None) -> dict[str, float]:
@@ -307,14 +323,22 @@ def last_step(joint: nn.Module | None) -> dict[str, float]:
     return {name: float(value.float().mean()) for name, value in joint.criterion.stats.items()}
 
 
+def named_iou(options: argparse.Namespace, confusion: Tensor) -> dict[str, float | None]:
+    """IoU by class name; a class that occurs nowhere has none."""
+    names = CAMVID_CLASSES if options.data == "camvid" else range(options.num_classes)
+    values = class_iou(confusion).tolist()
+    return {
+        str(name): None if math.isnan(value) else value
+        for name, value in zip(names, values, strict=True)
+    }
+
+
 def summary(
     options: argparse.Namespace, steps: int, images: int, curve: Curve, confusion: Tensor
 ) -> dict[str, Any]:
     """The run as `--output` keeps it: settings, machine, curve and the final IoU of each class."""
     device = torch.device(options.device)
     cuda = device.type == "cuda"
-    names = CAMVID_CLASSES if options.data == "camvid" else range(options.num_classes)
-    iou = class_iou(confusion)
     return {
         "settings": settings_of(options),
         "steps": steps,
@@ -329,11 +353,7 @@ def summary(
         "seconds": curve.seconds,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
         "curve": curve.points,
-        # a class that occurs nowhere has no IoU
-        "iou": {
-            str(name): None if math.isnan(value) else value
-            for name, value in zip(names, iou.tolist(), strict=True)
-        },
+        "iou": named_iou(options, confusion),
         "miou": mean_iou(confusion),
     }
 

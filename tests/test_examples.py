@@ -224,6 +224,7 @@ def test_a_save_that_dies_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         "--sampling all --no-synthesis --no-hard-anchors --amp",
         "--sampling hardest --workers 2",
         "--sampling random --epochs 1",
+        "--hard-fraction 0.5",
     ],
 )
 def test_options_train(folder, tmp_path, more):
@@ -234,6 +235,37 @@ def test_options_train(folder, tmp_path, more):
     )
     text = output.read_text()
     assert '"miou"' in text and str(folder) not in text
+
+
+def test_a_sequence_is_held_out(folder, monkeypatch):
+    names = sorted(path.name for path in (folder / "images" / "train").iterdir())
+    prefix = "00003"
+    held_out = [name for name in names if name.startswith(prefix)]
+    assert 0 < len(held_out) < len(names)
+    trained_on = set()
+    load = segmentation_data.Folder.load
+
+    def watched(self, index):
+        trained_on.add((self.images[index].parent.name, self.images[index].name))
+        return load(self, index)
+
+    stream = segmentation_data.TrainingStream.__getitem__
+
+    def drawn(self, draw):
+        with monkeypatch.context() as patch:
+            patch.setattr(segmentation_data.Folder, "load", watched)
+            return stream(self, draw)
+
+    monkeypatch.setattr(segmentation_data.TrainingStream, "__getitem__", drawn)
+    options = [*TRAIN, "--root", str(folder), "--epochs", "2", "--loss", "ce", "--hold-out", prefix]
+    result = train_segmentation.train(train_segmentation.parse(options))
+    want = {("train", name) for name in names if name not in held_out}
+    assert trained_on == want
+    assert result["train_images"] == len(want)
+    assert result["held_out"]["images"] == len(held_out)
+    assert 0 < result["held_out"]["miou"] < 1
+    with pytest.raises(FileNotFoundError, match="whose names begin with x"):
+        segmentation_data.Folder(folder, "train", only="x")
 
 
 @pytest.mark.parametrize(
