@@ -9,13 +9,16 @@ CHECK_BUILD ?= cuda
 RELEASE_ARCHS := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
-.PHONY: help demo test bench check format build wheel clean
+.PHONY: help demo test test-integrations bench bench-report gate check format build wheel clean
 
 help:
 	@echo "make demo    train a small network with and without the contrast, and draw a picture"
 	@echo "make test    run the tests"
-	@echo "make bench   run the benchmarks"
-	@echo "make check   lint, formatting, and a build with warnings as errors"
+	@echo "make test-integrations  train models and trainers of other libraries; installs these first"
+	@echo "make bench   run the benchmarks beside their peers; results go to bench/results/"
+	@echo "make bench-report  draw docs/benchmarks.md and the README's figures from bench/results/"
+	@echo "make gate    the small benchmarks that CI holds on to"
+	@echo "make check   lint, formatting, a build with warnings as errors, and the gate"
 	@echo "make format  format Python and C++"
 	@echo "make build   make the environment and build the package into it"
 	@echo "make wheel   build the wheel for every GPU generation into dist/"
@@ -42,10 +45,35 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	$(PY) -m pytest -q tests
 
-bench: $(VENV)/.built
-	$(PY) -m pytest bench --benchmark-only --benchmark-sort=name
+# libraries of two groups in folders of their own, and without their dependencies: nothing here may
+# exchange the torch that is there
+.integrations/hub/.installed: requirements-integrations.txt | $(VENV)/.requirements
+.integrations/mmseg/.installed: requirements-mmseg.txt | $(VENV)/.requirements
+.integrations/%/.installed:
+	rm -rf $(@D)
+	$(PY) -m pip install --quiet --no-deps --target $(@D) -r $<
+	touch $@
 
-check: $(VENV)/.requirements
+test-integrations: $(VENV)/.built .integrations/hub/.installed .integrations/mmseg/.installed
+	for group in hub mmseg; do \
+	PYTHONPATH=$(CURDIR)/.integrations/$$group:$(CURDIR)/tests/integrations/shims \
+	$(PY) -m pytest -q tests/integrations/test_$${group}_*.py || exit 1; done
+
+# peers from elsewhere; scikit-learn and SciPy come with them, torch stays as it is
+$(VENV)/.peers: requirements-bench.txt $(VENV)/.requirements
+	$(PY) -m pip install --quiet -r requirements-bench.txt
+	touch $@
+
+bench: $(VENV)/.built $(VENV)/.peers
+	$(PY) -m pytest -q bench -m "not gate" --benchmark-only --benchmark-columns=median --record bench/results
+
+bench-report: $(VENV)/.built
+	$(PY) bench/report.py
+
+gate: $(VENV)/.built
+	$(PY) -m pytest -q bench -m gate --benchmark-only --benchmark-columns=median --budget 10 --margin 0.5
+
+check: $(VENV)/.requirements gate
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) tests/emulation/device.cuh

@@ -1,106 +1,158 @@
-"""Measuring: interleaved rounds, medians and ratios of one run, peak memory in a process of its own."""
+"""The `compare` fixture: checks every run against ours, then times all in turn; the table at the end."""
 
 import functools
-import json
+import itertools
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+import measure
 import pytest
 import torch
+from results import Case, Results, Row, file_name, machine
+from runs import Run, check_all
+from tqdm import tqdm
 
-ROWS: list[dict] = []
-
-
-def on_cpu(run: Callable[[], object]) -> float:
-    """Seconds of one run by the wall clock."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-@functools.cache
-def _larger_than_the_cache() -> torch.Tensor:
-    return torch.empty(2**28, dtype=torch.uint8, device="cuda")
-
-
-def on_gpu(run: Callable[[], object]) -> float:
-    """Seconds of one run on the GPU between two events, its L2 cache cold."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _larger_than_the_cache().zero_()
-    # the GPU waits here until the host has everything queued: launches are not part of the time
-    torch.cuda._sleep(1_000_000)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def interleaved(
-    runs: dict[str, Callable[[], object]], rounds: int, seconds_of: Callable[..., float]
-) -> dict[str, list[float]]:
-    """Seconds of each of `runs`, one of each in turn, `rounds` times after one unmeasured round."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            elapsed = seconds_of(run)
-            if turn:
-                seconds[name].append(elapsed)
-    return seconds
+DEVICE = pytest.StashKey[str]()
+RESULTS = pytest.StashKey[Results]()
+BAR = pytest.StashKey[tqdm]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--rounds", type=int, default=5, help="measured rounds of each comparison")
-    parser.addoption("--record", metavar="FILE", type=Path, help="write the rows to this JSON file")
+    group = parser.getgroup("bench")
+    group.addoption("--device", choices=("cpu", "cuda"), help="what to measure; CUDA where it is")
+    group.addoption("--rounds", type=int, default=5, help="measured rounds of a case at most")
+    group.addoption("--budget", type=float, default=12.0, help="seconds of a case, about")
+    group.addoption("--margin", type=float, default=1.0, help="share of a bar that has to be met")
+    group.addoption("--record", type=Path, help="folder that the results file goes to")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    config.stash[DEVICE] = device
+    config.stash[RESULTS] = Results(machine(device))
+    config.addinivalue_line("markers", "gate: small enough for CI, with wide margins")
 
 
 @pytest.fixture
-def compare(request: pytest.FixtureRequest, benchmark):
-    """compare(case, runs): time all in turn and hand our median to pytest-benchmark."""
+def device(request: pytest.FixtureRequest) -> str:
+    """ "cpu" or "cuda"."""
+    return request.config.stash[DEVICE]
 
-    def run(
-        case: str, runs: dict[str, Callable[[], object]], device: str = "cpu"
-    ) -> dict[str, float]:
-        seconds_of = on_gpu if device == "cuda" else on_cpu
-        seconds = interleaved(runs, request.config.getoption("--rounds"), seconds_of)
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        for name, times in seconds.items():
-            row = {"case": case, "run": name, "seconds": sorted(times)}
-            ROWS.append(row)
+
+@pytest.fixture
+def results(request: pytest.FixtureRequest) -> Results:
+    """What this session has measured so far."""
+    found = request.config.stash[RESULTS]
+    if not found.ceilings:
+        found.ceilings = measure.ceilings(request.config.stash[DEVICE])
+    return found
+
+
+def bars_missed(runs: dict[str, Run], medians: dict[str, float], margin: float) -> list[str]:
+    """The bars that our median misses, in words."""
+    return [
+        f"{name} takes {medians[name] / medians['pico_fast']:.2f} x ours, the bar is {bar:g}"
+        for name, bar in ((name, run.least_ratio) for name, run in runs.items())
+        if bar and medians[name] < bar * margin * medians["pico_fast"]
+    ]
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest, benchmark, device, results):
+    """compare(case, {name: Run}): the medians of what ran, in seconds; "pico_fast" is among the runs."""
+    option = request.config.getoption
+    clock = measure.CLOCKS[device]
+
+    def compared(case: Case, runs: dict[str, Run]) -> dict[str, float]:
+        rows = check_all(case, runs, device)
+        results.rows += rows.values()
+        wrong = [f"{name}: {row.why_not}" for name, row in rows.items() if row.why_not]
+        agree = [name for name, run in runs.items() if run.tolerance and not rows[name].why_not]
+        assert agree or not any(run.tolerance for run in runs.values()), f"none agrees: {wrong}"
+        assert not any(text.startswith("pico_fast") for text in wrong), f"{case.title}: {wrong}"
+        timed = {name: run for name, run in runs.items() if not rows[name].why_not}
+        round_takes = 0.0
+        for name, run in timed.items():  # warm by now, as the rounds will be
+            call = run.call
+            if name == "pico_fast":  # its first time is what pytest-benchmark keeps
+                call = functools.partial(benchmark.pedantic, run.call, rounds=1)
+            seconds = clock(call)
+            rows[name].seconds.append(seconds)
+            round_takes += seconds
+        rounds = measure.rounds_within(round_takes, option("budget"), option("rounds"))
+        for more in (rounds - 1, rounds):
+            for _ in range(more):
+                for name, run in timed.items():
+                    rows[name].seconds.append(clock(run.call))
+            medians = {name: statistics.median(rows[name].seconds) for name in timed}
+            missed = bars_missed(timed, medians, option("margin"))
+            if not missed:  # or else once more: something may have disturbed the machine
+                break
+        if device == "cuda":
+            for name, run in timed.items():
+                rows[name].peak_bytes = measure.peak_on_gpu(run.call)
         benchmark.extra_info.update(medians)
-        benchmark.pedantic(runs["pico_fast"], rounds=1)
+        assert not missed, f"{case.title}: {missed}"
         return medians
 
-    return run
+    return compared
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.items and not session.config.getoption("collectonly"):
+        # the terminal itself: whatever else is written is captured while a benchmark runs
+        terminal = session.config.pluginmanager.getplugin("terminalreporter")._tw._file
+        session.config.stash[BAR] = tqdm(
+            total=len(session.items), unit="case", file=terminal, dynamic_ncols=True
+        )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> object:
+    bar = item.config.stash[BAR]
+    bar.set_postfix_str(item.name)
+    done = yield
+    bar.update()
+    return done
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """No dots: the bar shows what passed."""
+    return ("passed", "", "") if report.passed and report.when == "call" else None
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if not ROWS:
+    found = config.stash[RESULTS]
+    if not found.rows:
         return
-    width = max(len(row["case"]) for row in ROWS)
-    terminalreporter.section("medians and ratios of one run")
-    ours = {row["case"]: row["seconds"] for row in ROWS if row.get("run") == "pico_fast"}
-    for row in ROWS:
-        if "kib" in row:
-            sizes = ", ".join(f"{name} {kib / 1024:.0f} MiB" for name, kib in row["kib"].items())
-            terminalreporter.write_line(f"{row['case']:{width}}  {sizes}")
-            continue
-        median = statistics.median(row["seconds"])
-        ratio = median / statistics.median(ours[row["case"]])
-        line = f"{row['case']:{width}}  {row['run']:22} {median * 1e3:10.3f} ms  x {ratio:.2f}"
-        terminalreporter.write_line(line)
-    path = config.getoption("--record")
-    if path:
-        gpu = torch.cuda.is_available()
-        machine = {
-            "device": torch.cuda.get_device_name() if gpu else "cpu",
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine, "rows": ROWS}, indent=1) + "\n")
+    terminalreporter.section("medians, and how many times ours")
+    for case, rows in itertools.groupby(found.rows, key=lambda row: row.case):
+        terminalreporter.write_line(case.title)
+        rows = list(rows)
+        ours = next((row.seconds for row in rows if row.run == "pico_fast"), [])
+        for row in rows:
+            terminalreporter.write_line(f"  {row.run:28} {in_words(row, ours)}")
+    for name, count in found.counts.items():
+        terminalreporter.write_line(f"{name}: {count}")
+    if config.getoption("record"):
+        path = config.getoption("record") / file_name(found.machine)
+        found.write(path)
         terminalreporter.write_line(f"written: {path}")
+
+
+def in_words(row: Row, ours: list[float]) -> str:
+    """A row of the table."""
+    words = []
+    if row.why_not:
+        return f"not run: {row.why_not}"
+    if row.seconds:
+        median = statistics.median(row.seconds)
+        words.append(f"{median * 1e3:10.3f} ms")
+        if ours:
+            words.append(f"x {median / statistics.median(ours):.2f}")
+        if row.least_ratio and ours:
+            met = median >= row.least_ratio * statistics.median(ours)
+            words.append(f"bar {row.least_ratio:g}: {'met' if met else 'MISSED'}")
+    if row.peak_bytes is not None:
+        words.append(f"peak {row.peak_bytes / 2**20:,.0f} MiB")
+    return "  ".join(words)

@@ -1,0 +1,1 @@
+"""What stands beside pico_fast in a measurement: the usual ways to the same results, written plainly."""

@@ -1,0 +1,275 @@
+"""Loss on picked keys, hardest or drawn, by stock operations: scalars with a gradient on the anchors.
+
+Every peer takes (anchors, anchor_labels, keys, key_labels, num_positives, num_negatives, temperature).
+Where it says "class by class", keys are sorted by class and all classes have one size.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from peers.products import bank_of, own_class_product, picked, product
+
+
+def _loss(
+    positive: Tensor,  # [A, P] inner products with the picked positives
+    negative: Tensor,  # [A, N] and with the picked negatives
+    temperature: float,
+) -> Tensor:
+    """Mean over anchors and positives of softplus(Z - s_p): a scalar."""
+    above = (negative / temperature).logsumexp(1, keepdim=True) - positive / temperature
+    return softplus(above).mean()
+
+
+def matmul_topk(
+    anchors: Tensor,  # [A, D] float32
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D]
+    key_labels: Tensor,  # [K] int64
+    num_positives: int,
+    num_negatives: int,
+    temperature: float,
+) -> Tensor:
+    """Loss on the hardest keys: the full similarity in the keys' dtype, a mask and two topk: a scalar."""
+    s = anchors.to(keys.dtype) @ keys.T
+    positive = anchor_labels[:, None] == key_labels
+    hard = s.masked_fill(positive, -torch.inf).topk(num_negatives).values
+    easy = s.masked_fill(~positive, torch.inf).topk(num_positives, largest=False).values
+    hard, easy = hard.to(anchors.dtype) / temperature, easy.to(anchors.dtype)
+    chosen = easy < torch.inf
+    above = hard.logsumexp(1, keepdim=True) - easy.masked_fill(~chosen, 0.0) / temperature
+    return (softplus(above).masked_fill(~chosen, 0.0).sum(1) / chosen.sum(1)).mean()
+
+
+def _hardest_negatives(
+    anchors: Tensor,  # [A, D] float32
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D]
+    key_labels: Tensor,  # [K] int64
+    count: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """Similarity [A, N] and index [A, N] of the most similar negatives, by a running topk over chunks."""
+    best, index = None, None
+    for start in range(0, len(keys), chunk):
+        s = product(anchors, keys[start : start + chunk].T)
+        own = anchor_labels[:, None] == key_labels[start : start + chunk]
+        values, places = s.masked_fill_(own, -torch.inf).topk(min(count, s.shape[1]), sorted=False)
+        places += start
+        if best is not None:
+            values, places = torch.cat([best, values], 1), torch.cat([index, places], 1)
+            values, kept = values.topk(min(count, values.shape[1]), sorted=False)
+            places = places.gather(1, kept)
+        best, index = values, places
+    return best, index
+
+
+def chunked_topk(
+    anchors: Tensor,  # [A, D] float32
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D], class by class
+    key_labels: Tensor,  # [K] int64
+    num_positives: int,
+    num_negatives: int,
+    temperature: float,
+    chunk: int = 32768,
+) -> Tensor:
+    """Loss on the hardest keys without an A x K matrix: topk of each chunk, merged with those before.
+
+    The positives come from a batched product with the own class; the gradient reads picked rows alone.
+    """
+    bank = bank_of(keys, key_labels)
+    slots = bank.shape[1]
+    with torch.no_grad():
+        hard, hard_index = _hardest_negatives(
+            anchors, anchor_labels, keys, key_labels, min(num_negatives, len(keys) - slots), chunk
+        )
+        easy = own_class_product(anchors, anchor_labels, bank)
+        easy, easy_index = easy.topk(min(num_positives, slots), largest=False)
+        easy_index += anchor_labels[:, None] * slots
+    return _loss(
+        picked(anchors, keys, easy_index, easy),
+        picked(anchors, keys, hard_index, hard),
+        temperature,
+    )
+
+
+def faiss_hardest(
+    anchors: Tensor,  # [A, D] float32, on a CPU
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D] float32, class by class
+    key_labels: Tensor,  # [K] int64
+    num_positives: int,
+    num_negatives: int,
+    temperature: float,
+) -> Tensor:
+    """Loss on the hardest keys as FAISS finds them, by exact inner products (what IndexFlatIP computes).
+
+    One search for all anchors asks for as many keys more as a class has, then those of the own class are
+    dropped. To search class by class, the own one excluded by an IDSelector, gives the same and takes
+    several times as long: the few anchors of a class make no matrix product. The least similar
+    positives are the best matches of the opposite vectors, searched class by class.
+    """
+    import faiss
+
+    slots = bank_of(keys, key_labels).shape[1]
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    metric = faiss.METRIC_INNER_PRODUCT
+    queries, rows = anchors.detach().numpy(), keys.numpy()
+    n_hard, n_easy = min(num_negatives, len(keys) - slots), min(num_positives, slots)
+    values, places = map(torch.from_numpy, faiss.knn(queries, rows, n_hard + slots, metric))
+    others = places // slots != anchor_labels[:, None]
+    others &= others.cumsum(1) <= n_hard
+    hard, hard_index = (found[others].view(-1, n_hard) for found in (values, places))
+    easy = hard.new_empty(len(anchors), n_easy)
+    easy_index = hard_index.new_empty(easy.shape)
+    for c in anchor_labels.unique().tolist():
+        here = anchor_labels == c
+        own = rows[c * slots : (c + 1) * slots]
+        found = faiss.knn(-queries[here.numpy()], own, n_easy, metric)
+        values, places = map(torch.from_numpy, found)
+        easy[here], easy_index[here] = -values, places + c * slots
+    return _loss(
+        picked(anchors, keys, easy_index, easy),
+        picked(anchors, keys, hard_index, hard),
+        temperature,
+    )
+
+
+def semi_hard(
+    anchors: Tensor,  # [A, D] float32
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D], classes of one size
+    key_labels: Tensor,  # [K] int64
+    num_positives: int,
+    num_negatives: int,
+    temperature: float,
+    hard_fraction: float = 0.1,
+) -> Tensor:
+    """Loss on a draw from the hardest pools: the full similarity, two topk and random lots: a scalar."""
+    s = anchors.to(keys.dtype) @ keys.T
+    positive = anchor_labels[:, None] == key_labels
+
+    def draw(hardness: Tensor, candidates: int, count: int) -> Tensor:
+        pool = hardness.topk(max(1, math.ceil(hard_fraction * candidates))).indices
+        lots = torch.rand(pool.shape, device=s.device)
+        chosen = lots.topk(min(count, pool.shape[1])).indices
+        return s.gather(1, pool.gather(1, chosen)).to(anchors.dtype)
+
+    of_class = int(positive[0].sum())
+    hard = draw(s.detach().masked_fill(positive, -torch.inf), len(keys) - of_class, num_negatives)
+    easy = draw((-s.detach()).masked_fill(~positive, -torch.inf), of_class, num_positives)
+    return _loss(easy, hard, temperature)
+
+
+def _spread_subset(size: int, count: int, device: torch.device) -> Tensor:
+    """Distinct random indices [count] below `size`: one of each of as many equal parts of a circle."""
+    bounds = torch.arange(count + 1, device=device) * size // count
+    first, width = bounds[:-1], bounds.diff()
+    place = first + (torch.rand(count, dtype=torch.float64, device=device) * width).long()
+    # parts differ in size by one: turned at random, all indices are equally likely
+    return (place + torch.randint(size, (1,), device=device)) % size
+
+
+def semi_hard_subset(
+    anchors: Tensor,  # [A, D] float32
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D], class by class
+    key_labels: Tensor,  # [K] int64
+    num_positives: int,
+    num_negatives: int,
+    temperature: float,
+    hard_fraction: float = 0.1,
+) -> Tensor:
+    """Loss on a draw from pools that are cut from a random subset of the keys, shared by all anchors.
+
+    The subset holds a quarter more than max(N / hard_fraction, 8192) keys; its own hardest share stands
+    for that of all keys. Positives come from the whole own class.
+    """
+    bank = bank_of(keys, key_labels)
+    classes, slots, _ = bank.shape
+
+    def draw(hardness: Tensor, pool: int, count: int) -> Tensor:
+        hardest = hardness.topk(max(1, pool)).indices
+        lots = torch.rand(hardest.shape, device=hardness.device)
+        return hardest.gather(1, lots.topk(min(count, hardest.shape[1])).indices)
+
+    with torch.no_grad():
+        wanted = math.ceil(1.25 * max(num_negatives / hard_fraction, 8192))
+        subset = _spread_subset(len(keys), min(wanted, len(keys)), keys.device)
+        s = product(anchors, keys[subset].T)
+        own = anchor_labels[:, None] == key_labels[subset]
+        others = len(subset) * (classes - 1) // classes
+        s.masked_fill_(own, -torch.inf)
+        chosen = draw(s, math.ceil(hard_fraction * others), num_negatives)
+        hard, hard_index = s.gather(1, chosen), subset[chosen]
+        s = own_class_product(anchors, anchor_labels, bank)
+        chosen = draw(-s, math.ceil(hard_fraction * slots), num_positives)
+        easy, easy_index = s.gather(1, chosen), chosen + anchor_labels[:, None] * slots
+    return _loss(
+        picked(anchors, keys, easy_index, easy),
+        picked(anchors, keys, hard_index, hard),
+        temperature,
+    )
+
+
+def random_gather(
+    anchors: Tensor,  # [A, D] float32
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D], class by class
+    key_labels: Tensor,  # [K] int64
+    num_positives: int,
+    num_negatives: int,
+    temperature: float,
+) -> Tensor:
+    """Loss on uniformly random keys: torch.randint, a copy of the picked rows, and a batched product.
+
+    Drawn with replacement, which is what torch.randint gives; a class of no more than `num_positives`
+    keys is taken whole.
+    """
+    slots = bank_of(keys, key_labels).shape[1]
+    first = anchor_labels[:, None] * slots
+    if slots <= num_positives:
+        easy = first + torch.arange(slots, device=keys.device)
+    else:
+        shape = (len(anchors), num_positives)
+        easy = first + torch.randint(slots, shape, device=keys.device)
+    shape = (len(anchors), num_negatives)
+    hard = torch.randint(len(keys) - slots, shape, device=keys.device)
+    hard = hard + slots * (hard >= first)
+    queries = anchors.to(keys.dtype).unsqueeze(2)
+    easy, hard = (
+        torch.bmm(keys[index], queries)[..., 0].to(anchors.dtype) for index in (easy, hard)
+    )
+    return _loss(easy, hard, temperature)
+
+
+def bytes_needed(
+    name: str,
+    anchors: int,
+    keys: int,
+    channels: int,
+    num_positives: int,
+    num_negatives: int,
+    classes: int = 171,
+) -> int:
+    """Bytes that a peer allocates beyond its inputs: rather too many, to refuse what cannot fit.
+
+    Counted as float32, for anchors spread over classes of one size; chunks and fractions as by default.
+    """
+    pairs, slots, picked_keys = anchors * keys, -(-keys // classes), num_positives + num_negatives
+    own_class = 8 * anchors * slots + 16 * keys + 16 * anchors * channels
+    subset = min(keys, math.ceil(1.25 * max(num_negatives / 0.1, 8192)))
+    values = {
+        "matmul_topk": 4 * pairs,
+        "semi_hard": 5 * pairs,
+        "chunked_topk": 2 * anchors * min(keys, 32768) + 16 * anchors * picked_keys + own_class,
+        "semi_hard_subset": 2 * subset * (anchors + channels)
+        + 16 * anchors * picked_keys
+        + own_class,
+        "random_gather": 2 * anchors * picked_keys * channels,
+        "faiss_hardest": 8 * anchors * (picked_keys + slots) + own_class,
+    }
+    return 4 * values[name]
