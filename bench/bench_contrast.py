@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -112,11 +113,13 @@ def compared(
 
 def product_of(operations: float):
     """A call that multiplies matrices of a shape that suits tensor cores, so many operations in all."""
-    size = 8192
+    size, widest = 8192, 2**16
+    columns = operations / (2 * size * size)
+    times = math.ceil(columns / widest)
     left = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
-    width = max(256, round(operations / (2 * size * size) / 256) * 256)
-    right = torch.randn(size, min(width, 2**16), device="cuda", dtype=torch.bfloat16)
-    times = max(1, round(operations / (2 * size * size * right.shape[1])))
+    # a multiple of 64: no tile of any kernel hangs over by much
+    width = max(64, round(columns / times / 64) * 64)
+    right = torch.randn(size, width, device="cuda", dtype=torch.bfloat16)
 
     def run():
         for _ in range(times):

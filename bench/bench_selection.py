@@ -6,6 +6,7 @@ import torch
 from bench_contrast import peak_of
 from cases import CHANNELS, COCO_STUFF, COUNTS, TEMPERATURE
 from peers import selection as peers
+from peers.products import bank_of
 from results import Case, Row
 from runs import Run, why_not_run, with_gradient
 
@@ -102,6 +103,28 @@ def test_draws_from_the_whole_bank(compare, device, sampling):
     if sampling == "semi_hard":
         runs["subset"] = peer(peers.semi_hard_subset, pairs, None)
     compare(case_of(sampling, pairs, 1.0, "clustered"), runs)
+
+
+def test_a_mostly_empty_bank_costs_what_it_holds(compare, device):
+    """The first twentieth of every queue is filled: the keys in their bank, and the same keys alone."""
+    share, times = 0.01, 20
+    packed = inputs(device, "clustered", share, 256)
+    bank = bank_of(packed.keys, packed.key_labels)
+    classes, slots, _ = bank.shape
+    spread = bank.new_zeros(classes, times * slots, CHANNELS)
+    spread[:, :slots] = bank
+    labels = packed.key_labels.new_full((classes, times * slots), -1)
+    labels[:, :slots] = packed.key_labels.view(classes, slots)
+    options = {"temperature": TEMPERATURE, "sampling": "hardest"}
+    in_bank = packed._replace(keys=spread.flatten(0, 1), key_labels=labels.flatten())
+    runs = {
+        "pico_fast": Run(with_gradient(pico_fast.contrast, *in_bank, **options)),
+        "packed": Run(with_gradient(pico_fast.contrast, *packed, **options), 1e-3, 0, 0.5),
+    }
+    case = Case(
+        "mostly empty bank", COCO_STUFF.name, len(packed.keys), 256, share, detail="hardest"
+    )
+    compare(case, runs)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> object:
     bar.set_postfix_str(item.name)
     done = yield
     bar.update()
+    folder, found = item.config.getoption("record"), item.config.stash[RESULTS]
+    if (
+        folder and found.rows
+    ):  # after every benchmark: a session that is cut short keeps what it has
+        found.write(folder / file_name(found.machine))
     return done
 
 
@@ -135,9 +140,9 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     for name, count in found.counts.items():
         terminalreporter.write_line(f"{name}: {count}")
     if config.getoption("record"):
-        path = config.getoption("record") / file_name(found.machine)
-        found.write(path)
-        terminalreporter.write_line(f"written: {path}")
+        terminalreporter.write_line(
+            f"written: {config.getoption('record') / file_name(found.machine)}"
+        )
 
 
 def in_words(row: Row, ours: list[float]) -> str:

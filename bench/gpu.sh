@@ -3,7 +3,7 @@
 #
 #   bench/gpu.sh [FOLDER]     logs and a results file named after the device go to FOLDER
 #
-# python3 has to have torch, triton, numpy, pytest, pytest-benchmark and hypothesis. A wheel in dist/ is
+# python3 has to have torch, triton, numpy, pytest, pytest-benchmark, hypothesis and tqdm. A wheel in dist/ is
 # installed as it is; without one the extension is compiled for the GPU at hand.
 set -uo pipefail
 root=$(realpath "$(dirname "$0")/..")
@@ -33,7 +33,7 @@ step install 200 python3 -m pip install --no-deps --no-build-isolation --force-r
 cd "$out"  # not the root: its pico_fast/ would stand before the installed one
 step info 30 python3 -m pico_fast.info
 step tests 150 python3 -m pytest -q -rf -p no:cacheprovider "$root/tests" \
-  -k "gpu or kernels_contrast or kernels_selection"
+  -k "gpu or kernels_contrast or kernels_selection or peers"
 for tool in memcheck racecheck; do
   step $tool 60 compute-sanitizer --tool $tool --error-exitcode 1 python3 "$root/tests/sanitize.py"
 done

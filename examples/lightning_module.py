@@ -2,8 +2,8 @@
 
     python examples/lightning_module.py --steps 60
 
-On several GPUs: placement="local" for the criterion, and DDPStrategy(broadcast_buffers=False), or in each
-step the first process' bank would take the place of all others.
+On several GPUs: placement="local" for the criterion, so that each process has a bank of its own; DDP
+leaves it alone.
 """
 
 import argparse
