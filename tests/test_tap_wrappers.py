@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 from tapped import CLASSES, IN_BATCH, Network, assert_same, batch, gradients, joint, make, seeded
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -30,9 +31,41 @@ def _rank(rank, world, store):
     dist.destroy_process_group()
 
 
+class Whole(nn.Module):
+    """Model and loss in one module, as Lightning wraps them."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.tap = make()
+        self.joint = joint(placement="local")
+
+    def forward(self, images, labels):
+        return self.joint(self.model(images), self.tap.embeddings(), labels)
+
+
+def _rank_with_a_bank(rank, world, store):
+    """DDP copies the first rank's buffers to all others before each step; the bank is none of them."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    images, labels = batch(seed=rank)
+    alone, whole = Whole(), Whole()
+    wrapped = DistributedDataParallel(whole)
+    for _ in range(3):
+        alone(images, labels)
+        wrapped(images, labels)
+    bank, expected = whole.joint.criterion.bank, alone.joint.criterion.bank
+    assert bank.pixel_count.sum() > 0
+    assert torch.equal(bank.pixel_count, expected.pixel_count)
+    found = [torch.empty_like(bank.storage) for _ in range(world)]
+    dist.all_gather(found, bank.storage)
+    assert not torch.equal(*found)
+    dist.destroy_process_group()
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_two_ranks_of_ddp(tmp_path):
-    processes.spawn(_rank, args=(2, tmp_path / "store"), nprocs=2)
+@pytest.mark.parametrize("work", [_rank, _rank_with_a_bank])
+def test_two_ranks_of_ddp(tmp_path, work):
+    processes.spawn(work, args=(2, tmp_path / "store"), nprocs=2)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
