@@ -74,9 +74,8 @@ def _place(model: nn.Module) -> Place:
         if library.startswith(place.library) and isinstance(module, nn.Conv2d | nn.LayerNorm):
             return place
     raise ValueError(
-        f"tap: {type(model).__module__}.{type(model).__name__} is not known; give the path of the"
-        " module whose input are the features, or 'path:output'. Candidates:"
-        f" {candidates(model) or 'none'}"
+        "tap: expected the path of the module whose input are the features, or 'path:output', got None:"
+        f" {library}.{type(model).__name__} is not known. Candidates: {candidates(model) or 'none'}"
     )
 
 
@@ -273,7 +272,9 @@ def attach(
     side = side or "input"
     module = _module_at(model, path)
     if module is None or not path:
-        raise ValueError(f"tap: no module at {path!r}; candidates: {candidates(model) or 'none'}")
+        raise ValueError(
+            f"tap: expected the path of a module, got {tap!r}; candidates: {candidates(model) or 'none'}"
+        )
     if grid is not None:
         if not isinstance(grid, tuple) or len(grid) != 2:
             raise TypeError(f"grid: expected (height, width) or None, got {checks.describe(grid)}")

@@ -22,8 +22,17 @@ def criterion():
     return pico_fast.PiCoLoss(3, 8, pixel_queue_size=6, region_queue_size=3, max_samples=12)
 
 
+def attach(model, **words):
+    # to a copy: the next call is to find the model without a tap
+    return pico_fast.attach(copy.deepcopy(model), **words)
+
+
 # a correct call of everything public; a wrong one replaces one argument
 CALLS = {
+    "attach": (
+        attach,
+        {"model": nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1)), "tap": "2"},
+    ),
     "contrast": (pico_fast.contrast, {"anchors": ROWS, "anchor_labels": LABELS}),
     "contrast with keys": (
         pico_fast.contrast,
@@ -141,6 +150,13 @@ NO_PAIRS = {
 }
 NO_KEYS = {"keys": (*NO_ROWS[1:], ROWS[:, :7], META["rows"]), "key_labels": NO_ROW_LABELS}
 WRONG = {
+    "attach": {
+        "model": (None, "model", nn.Sequential),
+        "tap": (None, "", "3", "0:sideways", 3),
+        "embedding_dim": NO_COUNT,
+        "in_channels": NO_COUNT[:-1],
+        "grid": (4, (4,), [4, 4], (0, 4), (4, 1.5), "4x4"),
+    },
     "contrast": NO_PAIRS
     | NO_SELECTION
     | {
@@ -284,7 +300,7 @@ def test_the_calls_that_are_made_wrong_are_right(call):
 
 
 def test_everything_public_is_called_wrongly_here():
-    methods = {"SelectedKeys"}  # a result, not a call
+    methods = {"SelectedKeys", "Tap"}  # results, not calls
     assert set(pico_fast.__all__) - methods <= set(WRONG)
 
 

@@ -199,8 +199,12 @@ def test_copies_and_files_have_a_tap_of_their_own():
     [
         ({"model": "resnet"}, TypeError, r"model: expected an nn.Module, got 'resnet'"),
         ({"tap": None}, ValueError, r"Network is not known.*\['backbone.0', 'classifier'\]"),
-        ({"tap": "head"}, ValueError, r"tap: no module at 'head'; candidates: \['backbone.0', 'cl"),
-        ({"tap": ""}, ValueError, "tap: no module at ''"),
+        (
+            {"tap": "head"},
+            ValueError,
+            r"tap: expected the path of a module, got 'head'; candidates: \['backbone.0', 'cl",
+        ),
+        ({"tap": ""}, ValueError, "tap: expected the path of a module, got ''"),
         ({"tap": 4}, TypeError, r"tap: expected a module's path or None, got 4 \(int\)"),
         ({"tap": "classifier:both"}, ValueError, "expected 'path' or 'path:output'"),
         (
