@@ -1,15 +1,30 @@
 """The bank: pixel embeddings and region embeddings of all classes, gathered over many images."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from pico_fast import checks, reference
+from pico_fast.entries import Entries, Rows, Wanted, start_entries
 from pico_fast.labels import clean_labels
-from pico_fast.pixels import draw_pixels, gather_pixels, segment_counts
-from pico_fast.regions import pool_regions
+from pico_fast.ranks import Ranks, check_placement
 
 _STATE = ("storage", "pixel_count", "pixel_next", "region_count", "region_next", "step")
+
+
+class Share(NamedTuple):
+    """A rank's part of a bank that lies on several: slots `first` to `last` of every class."""
+
+    keys: Tensor  # [C·(last - first), D]
+    segments: (
+        Tensor  # [C, 2, 2] int64, filled slots of this part, as `MemoryBank.segments` tells them
+    )
+    all_segments: Tensor  # [C, 2, 2] int64, those of the whole bank
+    slots: int  # of a class in the whole bank
+    first: int
+    ranks: Ranks
 
 
 class MemoryBank(nn.Module):
@@ -30,14 +45,27 @@ class MemoryBank(nn.Module):
         seed: integer; with `step` it decides which pixels are drawn.
         device: where the bank is made; `.to()` moves it like any module.
         impl: None or "reference".
+        process_group: ranks that fill one bank; None is the default group, if there is one.
+        placement: "local": each rank has a bank of its own. "replicated": every rank holds the same
+            bank, bit for bit, that one process would hold which sees all ranks' batches one after the
+            other. "sharded": the same bank, of which each rank holds its share of every class's slots,
+            cut as `torch.chunk` cuts; made after the process group. But for "local" every rank has to
+            call `enqueue` as often as the others, with an empty batch where it has none.
+        max_images: most images in a rank's batch. None: ranks tell one another how much they bring,
+            which reads one small tensor back to the host in every step; a number saves that (CUDA
+            graphs and torch.compile(fullgraph=True) need it) and sends places for all classes of so
+            many images.
 
     Attributes:
-        storage: [C, P + R, D], a class's pixel slots first, then its region slots.
-        pixel_count, region_count: [C] int64, filled slots.
+        storage: [C, P + R, D], a class's pixel slots first, then its region slots; sharded: this rank's
+            share of them.
+        pixel_count, region_count: [C] int64, filled slots of the whole bank.
         step: [] int64, how many batches were enqueued.
 
     The tensors are state, saved and loaded by `state_dict`, but neither parameters nor buffers: they
-    follow the device of the module and keep their dtype, and no wrapper broadcasts or shards them.
+    follow the device of the module and keep their dtype, and no wrapper broadcasts or shards them. The
+    state of a sharded bank is the whole bank as a DTensor: torch.distributed.checkpoint saves it on N
+    ranks and loads it on M, and a state of the whole bank loads into any placement.
 
     Source: PiCo, TPAMI 2024, section 3.3 (pixel queue and region memory).
     """
@@ -54,8 +82,14 @@ class MemoryBank(nn.Module):
         seed: int = 0,
         device: torch.device | str | None = None,
         impl: str | None = None,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
+        placement: str = "replicated",
+        max_images: int | None = None,
     ) -> None:
         super().__init__()
+        check_placement(process_group, placement)
+        if max_images is not None:
+            checks.integer("max_images", max_images, 1)
         checks.classes(num_classes, ignore_index)
         checks.integer("embedding_dim", embedding_dim, 1)
         checks.integer("pixel_queue_size", pixel_queue_size, 0)
@@ -71,8 +105,15 @@ class MemoryBank(nn.Module):
         self.pixels_per_image = pixels_per_image
         self.ignore_index = ignore_index
         self.seed = seed
-        slots = pixel_queue_size + region_queue_size
-        shape = (num_classes, slots, embedding_dim)
+        self.slots = pixel_queue_size + region_queue_size
+        self.max_images = max_images
+        self.ranks = Ranks(process_group, placement)
+        self.first_slot, self.last_slot = 0, self.slots
+        # a share is cut once: who holds which slots cannot change under a bank
+        self._cut_for = self.ranks.size if placement == "sharded" else 1
+        if self._cut_for > 1:
+            self.first_slot, self.last_slot = self.ranks.share(self.slots)
+        shape = (num_classes, self.last_slot - self.first_slot, embedding_dim)
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
         for name in _STATE[1:5]:
             setattr(self, name, torch.zeros(num_classes, dtype=torch.int64, device=device))
@@ -84,9 +125,17 @@ class MemoryBank(nn.Module):
             f" {self.region_queue_size} regions) x {self.embedding_dim}, {self.storage.dtype}"
         )
 
+    @property
+    def sharded(self) -> bool:
+        """Whether this rank holds a share of the bank, not all of it."""
+        return self._cut_for > 1
+
     def keys(self) -> tuple[Tensor, Tensor]:
-        """All slots as keys: views of the bank [C·(P + R), D] and their labels, -1 where empty."""
-        slot = torch.arange(self.storage.shape[1], device=self.storage.device)
+        """All slots as keys: views of the bank [C·(P + R), D] and their labels, -1 where empty.
+
+        Sharded: the slots of this rank's share, class by class.
+        """
+        slot = torch.arange(self.first_slot, self.last_slot, device=self.storage.device)
         in_pixels = slot < self.pixel_count.unsqueeze(1)
         region = slot - self.pixel_queue_size
         in_regions = (region >= 0) & (region < self.region_count.unsqueeze(1))
@@ -96,9 +145,26 @@ class MemoryBank(nn.Module):
 
     def segments(self) -> Tensor:
         """Where the filled slots lie: [C, 2, 2] int64, first key and how many, of pixels and regions."""
-        first = torch.arange(self.num_classes, device=self.storage.device) * self.storage.shape[1]
-        parts = (first, self.pixel_count, first + self.pixel_queue_size, self.region_count)
+        return self._segments(self.first_slot, self.last_slot)
+
+    def _segments(self, first: int, last: int) -> Tensor:
+        """The segments of slots first to last, as keys of a bank that holds no others."""
+        base = torch.arange(self.num_classes, device=self.storage.device) * (last - first)
+        parts = []
+        for start, size, count in (
+            (0, self.pixel_queue_size, self.pixel_count),
+            (self.pixel_queue_size, self.region_queue_size, self.region_count),
+        ):
+            begin = min(max(start, first), last)
+            end = max(begin, min(start + size, last))
+            parts += [base + (begin - first), (count - (begin - start)).clamp(0, end - begin)]
         return torch.stack(parts, 1).view(-1, 2, 2)
+
+    def share(self) -> Share:
+        """This rank's part of a sharded bank, and what it has to know of the whole."""
+        whole = self._segments(0, self.slots)
+        keys = self.storage.flatten(0, 1)
+        return Share(keys, self.segments(), whole, self.slots, self.first_slot, self.ranks)
 
     @torch.no_grad()
     def enqueue(
@@ -108,8 +174,8 @@ class MemoryBank(nn.Module):
     ) -> None:
         """Store random pixels and the region of every class of every image, and advance `step`.
 
-        Images count in batch order. Pixels are stored as they are, regions with unit length; a
-        vector that is not finite is not stored, and takes no slot.
+        Images count in batch order, those of several ranks in rank order. Pixels are stored as they
+        are, regions with unit length; a vector that is not finite is not stored, and takes no slot.
 
         Raises TypeError or ValueError, before anything is written, for tensors of the wrong type,
         shape or device and, on a CPU, for labels outside the classes.
@@ -121,7 +187,26 @@ class MemoryBank(nn.Module):
             checks.size("labels", labels, label_dim, embeddings.shape[dim], "that of embeddings")
         checks.same_device("labels", labels, "embeddings", embeddings)
         checks.same_device("embeddings", embeddings, "the bank", self.storage)
+        self.check_ranks(labels.shape[0])
         self.write(embeddings, clean)
+
+    def check_ranks(self, images: int) -> None:
+        """Raise unless the ranks are those that the bank was made for, and `images` are not too many."""
+        ranks = self.ranks.size
+        if ranks > 1 and self._is_reference:
+            raise ValueError(
+                f"impl: expected None where {ranks} ranks have a bank in common, got 'reference': it is"
+                " the specification of one process (placement='local' takes it)"
+            )
+        if self.ranks.placement == "sharded" and ranks != self._cut_for:
+            raise ValueError(
+                f"placement: expected the {self._cut_for} ranks that this sharded bank was made for, got"
+                f" {ranks}; make it after torch.distributed.init_process_group"
+            )
+        if self.max_images is not None and images > self.max_images:
+            raise ValueError(
+                f"labels: expected at most max_images = {self.max_images}, got {images}"
+            )
 
     @torch.no_grad()
     def write(
@@ -130,63 +215,62 @@ class MemoryBank(nn.Module):
         labels: Tensor,  # [B, H, W] int64, -1 left out
     ) -> None:
         """`enqueue` behind its checks."""
+        self.start_write(embeddings, labels)()
+
+    @torch.no_grad()
+    def start_write(
+        self,
+        embeddings: Tensor,  # [B, D, H, W] floating
+        labels: Tensor,  # [B, H, W] int64, -1 left out
+    ) -> Callable[[], None]:
+        """Begin to bring a batch together from all ranks; the bank changes when the result is called."""
         seed = reference.step_seed(self.seed, self.step)
         if self._is_reference:
-            rings = (self.pixel_count, self.pixel_next, self.region_count, self.region_next)
-            reference.update_bank(
-                self.storage,
-                *rings,
-                self.pixel_queue_size,
-                embeddings,
-                labels,
-                self.pixels_per_image,
-                seed,
-            )
-        else:
-            self._write_pixels(embeddings, labels, seed)
-            self._write_regions(embeddings, labels)
+            return lambda: self._write_reference(embeddings, labels, seed)
+        wanted = Wanted(
+            self.num_classes,
+            self.pixels_per_image if self.pixel_queue_size else 0,
+            self.region_queue_size > 0,
+            self.storage.dtype,
+            self.max_images,
+        )
+        entries = start_entries(embeddings, labels, wanted, seed, self.ranks)
+        return lambda: self._store(entries())
+
+    @torch.no_grad()
+    def _write_reference(self, embeddings: Tensor, labels: Tensor, seed: Tensor) -> None:
+        rings = (self.pixel_count, self.pixel_next, self.region_count, self.region_next)
+        reference.update_bank(
+            self.storage,
+            *rings,
+            self.pixel_queue_size,
+            embeddings,
+            labels,
+            self.pixels_per_image,
+            seed,
+        )
         self.step.add_(1)
 
-    def _write_pixels(self, embeddings: Tensor, labels: Tensor, seed: Tensor) -> None:
-        images = labels.shape[0]
-        flat = labels.flatten()
-        if self.pixel_queue_size == 0 or flat.numel() == 0:
-            return
-        pixel = torch.arange(flat.numel(), device=flat.device)
-        n_segments = self.num_classes * images
-        segment = torch.where(
-            flat >= 0, flat * images + pixel // (labels.shape[1] * labels.shape[2]), n_segments
-        )
-        counts = segment_counts(segment, n_segments)
-        quota = counts.clamp(max=self.pixels_per_image)
-        capacity = min(n_segments * self.pixels_per_image, flat.numel())
-        lot = reference.hash32(seed, reference.BANK_PIXEL, pixel)
-        drawn, of_slot = draw_pixels(segment, lot, counts, quota, capacity)
-        classes = torch.where(of_slot >= 0, of_slot // images, -1)
-        rows = gather_pixels(embeddings, drawn)
-        self._push(classes, rows, 0, self.pixel_queue_size, self.pixel_count, self.pixel_next)
-
-    def _write_regions(self, embeddings: Tensor, labels: Tensor) -> None:
-        if self.region_queue_size == 0 or labels.numel() == 0:
-            return
-        means, counts = pool_regions(embeddings, labels, self.num_classes)
-        classes = torch.arange(self.num_classes, device=labels.device)
-        classes = torch.where(counts > 0, classes, -1).T.flatten()
-        rows = normalize(means, dim=2).transpose(0, 1).flatten(0, 1)
-        first, size = self.pixel_queue_size, self.region_queue_size
-        self._push(classes, rows, first, size, self.region_count, self.region_next)
+    @torch.no_grad()
+    def _store(self, entries: Entries) -> None:
+        p = self.pixel_queue_size
+        pixel_ring = (0, p, self.pixel_count, self.pixel_next)
+        region_ring = (p, self.region_queue_size, self.region_count, self.region_next)
+        for rows, ring in zip(entries, (pixel_ring, region_ring), strict=True):
+            if rows is not None and rows.classes.numel():
+                self._push(rows, *ring)
+        self.step.add_(1)
 
     def _push(
         self,
-        classes: Tensor,  # [n] int64, ascending where it is not -1 (nothing to store)
-        rows: Tensor,  # [n, D]
+        entries: Rows,
         first_slot: int,
         ring_size: int,
         count: Tensor,  # [C] int64, updated
         next_slot: Tensor,  # [C] int64, updated
     ) -> None:
         """Append rows to the rings of their classes, in order."""
-        rows = rows.to(self.storage.dtype)
+        classes, rows = entries
         # the largest magnitude is nan or inf if any value is: two passes instead of five
         stored = (classes >= 0) & rows.abs().amax(1).isfinite()
         classes = classes.clamp(min=0)
@@ -195,6 +279,13 @@ class MemoryBank(nn.Module):
         # of more entries than the ring has slots only the last ones stay
         stored &= place >= added.gather(0, classes) - ring_size
         slot = first_slot + (next_slot.gather(0, classes) + place) % ring_size
+        next_slot.add_(added).remainder_(ring_size)
+        count.add_(added).clamp_(max=ring_size)
+        if self.sharded:
+            stored = stored & (slot >= self.first_slot) & (slot < self.last_slot)
+            slot = slot - self.first_slot
+        if self.storage.shape[1] == 0:
+            return
         target = classes * self.storage.shape[1] + slot
         # entries without a place repeat the first stored one, or rewrite row 0 with itself: a plain
         # write of fixed size in which equal targets carry equal rows
@@ -204,8 +295,6 @@ class MemoryBank(nn.Module):
         target = torch.where(stored, target, torch.where(some, target.gather(0, leader), 0))
         filler = torch.where(some, rows.index_select(0, leader), flat.narrow(0, 0, 1))
         flat.index_put_((target,), torch.where(stored.unsqueeze(1), rows, filler))
-        next_slot.add_(added).remainder_(ring_size)
-        count.add_(added).clamp_(max=ring_size)
 
     def reset(self) -> None:
         """Empty both queues and start again at step 0."""
@@ -225,6 +314,8 @@ class MemoryBank(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in _STATE:
             destination[prefix + name] = getattr(self, name)
+        if self.sharded:
+            destination[prefix + "storage"] = self.ranks.whole(self.storage, 1, self.slots)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
@@ -235,15 +326,19 @@ class MemoryBank(nn.Module):
             others, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
         )
         found = {name: state_dict[prefix + name] for name in _STATE if prefix + name in state_dict}
+        shapes = {name: getattr(self, name).shape for name in _STATE}
+        shapes["storage"] = torch.Size((self.num_classes, self.slots, self.embedding_dim))
         missing_keys.extend(prefix + name for name in _STATE if name not in found)
         wrong = [
-            f"{prefix + name}: expected shape {list(getattr(self, name).shape)}, got"
-            f" {checks.describe(value)}"
+            f"{prefix + name}: expected shape {list(shapes[name])}, got {checks.describe(value)}"
             for name, value in found.items()
-            if not isinstance(value, Tensor) or value.shape != getattr(self, name).shape
+            if not isinstance(value, Tensor) or value.shape != shapes[name]
         ]
         errors.extend(wrong)
         # a bank of another size is refused whole, never taken in part
         if not wrong:
+            if "storage" in found:
+                part = (1, self.first_slot, self.last_slot)
+                found["storage"] = self.ranks.own_part(found["storage"], *part)
             for name, value in found.items():
                 getattr(self, name).copy_(value)

@@ -93,3 +93,14 @@ def labels_of_segments(
     at = (torch.searchsorted(first.contiguous(), row, right=True) - 1).clamp(min=0)
     inside = (row >= first.gather(0, at)) & (row < (first + length).gather(0, at))
     return torch.where(inside, at // segments.shape[1], -1)
+
+
+def rows_of_places(
+    segments: Tensor,  # [C, G, 2] int64
+    place: Tensor,  # [...] int64, which of all keys in use, class by class
+) -> Tensor:
+    """The key at each place [...]: `segments` tell how many lie where; anything behind the last."""
+    first, length = segments.flatten(0, 1).unbind(1)
+    behind = length.cumsum(0)
+    part = torch.searchsorted(behind, place, right=True).clamp(max=behind.numel() - 1)
+    return place + (first - behind + length).take(part)

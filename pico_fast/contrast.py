@@ -9,6 +9,14 @@ The formula stands in `pico_fast.reference`. Each op returns, for every anchor,
     negative_similarity  mean inner product with the negatives, 0 without any
     gradient             d loss_i / d a_i [A, D], or [0] where none is wanted
 
+`contrast_negatives` and `contrast_positives` are the two halves of `contrast_all`, for keys that are a part
+of all keys: what each part of the keys adds to
+
+    lse, mean, away               log-sum over the negatives [A], their softmax mean [A, D], or [0], and
+                                  the sum of inner products [A]
+    loss, weight, similar, pull   for a given lse, sums over the positives: of softplus(lse - s), of w =
+                                  sigmoid(lse - s), of inner products [A], and of w k [A, D], or [0]
+
 Keys of a bank carry no gradient, so the backward is a scale of a saved matrix; where keys carry one
 (in batch) a second pass makes theirs.
 """
@@ -37,6 +45,17 @@ torch.library.define(
     " Tensor lse, Tensor positive_count, float temperature) -> Tensor",
 )
 torch.library.define(
+    "pico_fast::contrast_negatives",
+    "(Tensor anchors, Tensor anchor_labels, Tensor keys, Tensor segments, float temperature,"
+    " bool want_mean) -> (Tensor lse, Tensor mean, Tensor away)",
+)
+torch.library.define(
+    "pico_fast::contrast_positives",
+    "(Tensor anchors, Tensor anchor_labels, Tensor keys, Tensor segments, Tensor lse,"
+    " float temperature, bool want_pull)"
+    " -> (Tensor loss, Tensor weight, Tensor similar, Tensor pull)",
+)
+torch.library.define(
     "pico_fast::contrast_selected",
     "(Tensor anchors, Tensor? keys, Tensor positive_index, Tensor negative_index,"
     " Tensor positive_similarity, Tensor negative_similarity, Tensor? mix_lse, Tensor? mix_mean,"
@@ -62,6 +81,8 @@ def _register(op: str, key: str, function) -> None:
 for _key, _page in (("CPU", contrast_cpu), ("CompositeExplicitAutograd", contrast_any)):
     _register("contrast_all", _key, _page.contrast_all)
     _register("contrast_all_keys_grad", _key, _page.contrast_all_keys_grad)
+    _register("contrast_negatives", _key, _page.contrast_negatives)
+    _register("contrast_positives", _key, _page.contrast_positives)
 for _name in ("contrast_selected", "contrast_selected_keys_grad"):
     _register(_name, "CompositeExplicitAutograd", getattr(contrast_selected, _name))
 
@@ -85,6 +106,18 @@ def _(
 def _(grad_loss, anchors, anchor_labels, keys, key_labels, lse, positive_count, temperature):
     keys = anchors if keys is None else keys
     return keys.new_empty(keys.shape, dtype=product_dtype(anchors, keys))
+
+
+@torch.library.register_fake("pico_fast::contrast_negatives")
+def _(anchors, anchor_labels, keys, segments, temperature, want_mean):
+    _, lse, _, _, away, mean = _fake_rows(anchors, keys, want_mean)
+    return lse, mean, away
+
+
+@torch.library.register_fake("pico_fast::contrast_positives")
+def _(anchors, anchor_labels, keys, segments, lse, temperature, want_pull):
+    loss, weight, _, similar, _, pull = _fake_rows(anchors, keys, want_pull)
+    return loss, weight, similar, pull
 
 
 @torch.library.register_fake("pico_fast::contrast_selected")

@@ -1,6 +1,7 @@
 """Contrast with all keys on any device: tile by tile with masks, nothing read back to the host."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,18 +30,24 @@ def _masks(
     return positive, used & ~same
 
 
-def contrast_all(
-    anchors: Tensor,  # [A, D]
-    anchor_labels: Tensor,  # [A] int64
-    keys: Tensor | None,  # [K, D]; None: the anchors with one another
-    key_labels: Tensor | None,  # [K] int64
-    mix_lse: Tensor | None,  # [A] log-sum of the synthesised negatives
-    mix_mean: Tensor | None,  # [A, D] their softmax mean
+class _Scene(NamedTuple):
+    """Anchors and keys as both passes take them."""
+
+    queries: Tensor  # [A, D] anchors / temperature, 0 in empty slots
+    anchor_labels: Tensor  # [A] int64
+    keys: Tensor  # [K, D]
+    key_labels: Tensor  # [K] int64
+    in_batch: bool
+
+
+def _scene(
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    keys: Tensor | None,
+    key_labels: Tensor | None,
+    segments: Tensor | None,
     temperature: float,
-    want_gradient: bool,
-    segments: Tensor | None = None,  # [C, G, 2] int64, instead of key_labels
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Outputs of the op `pico_fast::contrast_all`; see `pico_fast.contrast`."""
+) -> _Scene:
     if segments is not None:
         key_labels = labels_of_segments(segments, keys.shape[0])
     in_batch = keys is None
@@ -48,6 +55,19 @@ def contrast_all(
         keys, key_labels = anchors, anchor_labels
     dtype = product_dtype(anchors, keys)
     queries = anchors.to(dtype).masked_fill(anchor_labels[:, None] < 0, 0.0) / temperature
+    return _Scene(queries, anchor_labels, keys, key_labels, in_batch)
+
+
+class _Negatives(NamedTuple):
+    lse: Tensor  # [A]
+    mean: Tensor  # [A, D] softmax mean
+    away: Tensor  # [A] sum of s
+    count: Tensor  # [A] int64
+
+
+def _negatives(scene: _Scene, want_mean: bool) -> _Negatives:
+    queries, anchor_labels, keys, key_labels, in_batch = scene
+    dtype = queries.dtype
     n, n_keys = queries.shape[0], keys.shape[0]
     top = queries.new_full((n,), -math.inf)
     total, away = queries.new_zeros(n), queries.new_zeros(n)
@@ -65,38 +85,100 @@ def contrast_all(
         fade = torch.exp(top - shift)
         p = s.sub_(shift[:, None]).exp_()
         total = total * fade + p.sum(1)
-        if want_gradient:
+        if want_mean:
             mean = torch.addmm(mean * fade[:, None], p, tile)
         top = new_top
     lse = torch.where(total > 0, total.log() + top, -math.inf)
     mean = mean / total.clamp(min=torch.finfo(dtype).tiny)[:, None]
-    if mix_lse is not None:
-        lse, mean = merge_mixes(lse, mean, mix_lse, mix_mean)
+    return _Negatives(lse, mean, away, n_negative)
 
+
+class _Positives(NamedTuple):
+    loss: Tensor  # [A] sum of softplus(lse - s)
+    weight: Tensor  # [A] sum of w = sigmoid(lse - s)
+    similar: Tensor  # [A] sum of s
+    pull: Tensor  # [A, D] sum of w k
+    count: Tensor  # [A] int64
+
+
+def _positives(scene: _Scene, lse: Tensor, want_pull: bool) -> _Positives:
+    queries, anchor_labels, keys, key_labels, in_batch = scene
+    n = queries.shape[0]
     loss, weight = queries.new_zeros(n), queries.new_zeros(n)
     similar = queries.new_zeros(n)
     n_positive = torch.zeros_like(anchor_labels)
     pull = torch.zeros_like(queries)
-    for first in range(0, n_keys, _TILE):
+    for first in range(0, keys.shape[0], _TILE):
         positive, _ = _masks(anchor_labels, key_labels, in_batch, first)
         tile, s = _tile(queries, keys, key_labels, first)
         above = (lse[:, None] - s).masked_fill_(~positive, -math.inf)
         loss += softplus(above).sum(1)
         similar += s.masked_fill(~positive, 0.0).sum(1)
         n_positive += positive.sum(1)
-        if want_gradient:
+        if want_pull:
             w = above.sigmoid_()
             weight += w.sum(1)
             pull = torch.addmm(pull, w, tile)
+    return _Positives(loss, weight, similar, pull, n_positive)
+
+
+def contrast_all(
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor | None,  # [K, D]; None: the anchors with one another
+    key_labels: Tensor | None,  # [K] int64
+    mix_lse: Tensor | None,  # [A] log-sum of the synthesised negatives
+    mix_mean: Tensor | None,  # [A, D] their softmax mean
+    temperature: float,
+    want_gradient: bool,
+    segments: Tensor | None = None,  # [C, G, 2] int64, instead of key_labels
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs of the op `pico_fast::contrast_all`; see `pico_fast.contrast`."""
+    scene = _scene(anchors, anchor_labels, keys, key_labels, segments, temperature)
+    lse, mean, away, n_negative = _negatives(scene, want_gradient)
+    if mix_lse is not None:
+        lse, mean = merge_mixes(lse, mean, mix_lse, mix_mean)
+    loss, weight, similar, pull, n_positive = _positives(scene, lse, want_gradient)
     counted = (n_positive > 0) & (n_negative > 0)
-    share = torch.where(counted, 1 / n_positive.clamp(min=1).to(dtype), 0.0)
+    share = torch.where(counted, 1 / n_positive.clamp(min=1).to(loss.dtype), 0.0)
     similar = similar * temperature / n_positive.clamp(min=1)
     away = away * temperature / n_negative.clamp(min=1)
     loss = torch.where(counted, loss * share, 0.0)
-    gradient = queries.new_zeros(0)
+    gradient = loss.new_zeros(0)
     if want_gradient:
         gradient = (weight[:, None] * mean - pull) * (share[:, None] / temperature)
     return loss, lse, n_positive, similar, away, gradient
+
+
+def contrast_negatives(
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D]
+    segments: Tensor,  # [C, G, 2] int64
+    temperature: float,
+    want_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of the op `pico_fast::contrast_negatives`; see `pico_fast.contrast`."""
+    scene = _scene(anchors, anchor_labels, keys, None, segments, temperature)
+    found = _negatives(scene, want_mean)
+    mean = found.mean if want_mean else found.lse.new_zeros(0)
+    return found.lse, mean, found.away * temperature
+
+
+def contrast_positives(
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D]
+    segments: Tensor,  # [C, G, 2] int64
+    lse: Tensor,  # [A]
+    temperature: float,
+    want_pull: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs of the op `pico_fast::contrast_positives`; see `pico_fast.contrast`."""
+    scene = _scene(anchors, anchor_labels, keys, None, segments, temperature)
+    found = _positives(scene, lse, want_pull)
+    pull = found.pull if want_pull else found.loss.new_zeros(0)
+    return found.loss, found.weight, found.similar * temperature, pull
 
 
 def merge_mixes(

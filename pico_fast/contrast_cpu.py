@@ -148,15 +148,50 @@ def _negatives(
     return lse, mean.div_(total.clamp(min=torch.finfo(dtype).tiny)[:, None])
 
 
-def _log_sum(
-    queries: Tensor,  # [n, D] anchors / temperature, sorted by class
-    keys: Tensor,  # [K, D]
-    layout: _Layout,
-    has_negative: Tensor,  # [n] bool
+class _Scene(NamedTuple):
+    """Anchors and keys as both passes take them; what is said of anchors stands in class order."""
+
+    queries: Tensor  # [n, D] anchors / temperature
+    keys: Tensor  # [K, D]
+    layout: _Layout
+    n_own: Tensor  # [n] int64, keys of the anchor's class
+    n_negative: Tensor  # [n] int64
+    n_anchors: int
+
+    def spread(self, values: Tensor, fill: float = 0) -> Tensor:
+        """Rows [A, ...] of all anchors in their own order; `fill` in empty slots."""
+        out = values.new_full((self.n_anchors, *values.shape[1:]), fill)
+        return out.index_copy_(0, self.layout.anchor_order, values)
+
+
+def _scene(
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    keys: Tensor | None,
+    key_labels: Tensor | None,
+    segments: Tensor | None,
     temperature: float,
-    want_gradient: bool,
+) -> _Scene:
+    if segments is not None:
+        key_labels = labels_of_segments(segments, keys.shape[0])
+    keys = anchors if keys is None else keys
+    layout = _layout(anchor_labels, key_labels, _tile_size(anchors.shape[0]))
+    queries = anchors[layout.anchor_order].to(product_dtype(anchors, keys)) / temperature
+    n_keys = sum(last - first for _, first, last in layout.runs)
+    n_own = queries.new_zeros(queries.shape[0], dtype=torch.int64)
+    for label, first, last in layout.runs:
+        n_own[layout.rows.get(label, slice(0))] += last - first
+    return _Scene(queries, keys, layout, n_own, n_keys - n_own, anchors.shape[0])
+
+
+def _log_sum(
+    scene: _Scene,
+    temperature: float,
+    want_mean: bool,
 ) -> tuple[Tensor, Tensor]:
     """`_negatives` in the cheapest arithmetic that holds: bfloat16, then unshifted, then shifted."""
+    queries, keys, layout = scene[:3]
+    has_negative = scene.n_negative > 0
     scale = 1 / temperature
     attempts = []
     # the bank's own bfloat16 is multiplied as such where the processor can
@@ -170,10 +205,57 @@ def _log_sum(
     if scale <= _BOUNDED:
         attempts.append((queries.dtype, _TRUSTED_LOG))
     for dtype, trusted in attempts:
-        lse, mean = _negatives(queries.to(dtype), keys, layout, False, want_gradient)
+        lse, mean = _negatives(queries.to(dtype), keys, layout, False, want_mean)
         if bool((lse.abs() < trusted)[has_negative].all()):
             return lse, mean
-    return _negatives(queries, keys, layout, True, want_gradient)
+    return _negatives(queries, keys, layout, True, want_mean)
+
+
+def _sum_of_negatives(scene: _Scene) -> Tensor:
+    """Sum of s over the negatives: [n]."""
+    queries, keys, layout = scene[:3]
+    if layout.key_order is not None:
+        keys = keys[layout.key_order]
+    spans = [keys[first:last].sum(0, dtype=queries.dtype) for _, first, last in layout.runs]
+    own = torch.zeros_like(queries)
+    for (label, _, _), span in zip(layout.runs, spans, strict=True):
+        own[layout.rows.get(label, slice(0))] += span
+    total = torch.stack(spans).sum(0) if spans else 0.0
+    return torch.linalg.vecdot(queries, total - own)
+
+
+class _Positives(NamedTuple):
+    loss: Tensor  # [n] sum of softplus(lse - s)
+    weight: Tensor  # [n] sum of w = sigmoid(lse - s)
+    similar: Tensor  # [n] sum of s
+    pull: Tensor  # [n, D] sum of w k
+
+
+def _positives(
+    scene: _Scene,
+    lse: Tensor,  # [n]
+    want_pull: bool,
+) -> _Positives:
+    queries, keys, layout = scene[:3]
+    loss, weight, similar = (torch.zeros_like(lse) for _ in range(3))
+    pull = torch.zeros_like(queries)
+    for label, first, last in layout.runs:
+        rows = layout.rows.get(label)
+        if rows is None:
+            continue
+        own_keys = _keys_of(layout, keys, first, last).to(queries.dtype)
+        s = queries[rows] @ own_keys.T
+        above = lse[rows, None] - s
+        if layout.in_batch:
+            above.fill_diagonal_(-math.inf)
+            s.fill_diagonal_(0.0)
+        loss[rows] += softplus(above).sum(1)
+        similar[rows] += s.sum(1)
+        if want_pull:
+            w = above.sigmoid_()
+            weight[rows] += w.sum(1)
+            pull[rows] += w @ own_keys
+    return _Positives(loss, weight, similar, pull)
 
 
 def contrast_all(
@@ -188,74 +270,61 @@ def contrast_all(
     segments: Tensor | None = None,  # [C, G, 2] int64, instead of key_labels
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs of the op `pico_fast::contrast_all`; see `pico_fast.contrast`."""
-    if segments is not None:
-        key_labels = labels_of_segments(segments, keys.shape[0])
-    keys = anchors if keys is None else keys
-    dtype = product_dtype(anchors, keys)
-    layout = _layout(anchor_labels, key_labels, _tile_size(anchors.shape[0]))
-    order = layout.anchor_order
-    queries = anchors[order].to(dtype) / temperature
-    n, dim = queries.shape
-    n_keys = sum(last - first for _, first, last in layout.runs)
-    n_own = queries.new_zeros(n, dtype=torch.int64)
-    for label, first, last in layout.runs:
-        n_own[layout.rows.get(label, slice(0))] += last - first
-    n_negative = n_keys - n_own
+    scene = _scene(anchors, anchor_labels, keys, key_labels, segments, temperature)
+    queries, _, layout, n_own, n_negative, _ = scene
+    dtype = queries.dtype
     n_positive = n_own - 1 if layout.in_batch else n_own
-
-    lse, mean = _log_sum(queries, keys, layout, n_negative > 0, temperature, want_gradient)
-    key_sum = _sum_of_keys(keys, layout, dtype)
+    lse, mean = _log_sum(scene, temperature, want_gradient)
     if mix_lse is not None:
+        order = layout.anchor_order
         both = torch.logaddexp(lse, mix_lse[order])
         safe = both.clamp(min=torch.finfo(dtype).min)[:, None]
         mean = mean * torch.exp(lse[:, None] - safe)
         mean = mean + mix_mean[order] * torch.exp(mix_lse[order, None] - safe)
         lse = both
-
-    loss = queries.new_zeros(n)
-    weight = queries.new_zeros(n)
-    similar = queries.new_zeros(n)
-    pull = queries.new_zeros(n, dim)
-    own_sum = queries.new_zeros(n, dim)
-    for label, first, last in layout.runs:
-        rows = layout.rows.get(label)
-        if rows is None:
-            continue
-        own_keys = _keys_of(layout, keys, first, last).to(dtype)
-        s = queries[rows] @ own_keys.T
-        above = lse[rows, None] - s
-        if layout.in_batch:
-            above.fill_diagonal_(-math.inf)
-            s.fill_diagonal_(0.0)
-        loss[rows] += softplus(above).sum(1)
-        similar[rows] += s.sum(1)
-        own_sum[rows] += own_keys.sum(0)
-        if want_gradient:
-            w = above.sigmoid_()
-            weight[rows] += w.sum(1)
-            pull[rows] += w @ own_keys
+    found = _positives(scene, lse, want_gradient)
     counted = (n_positive > 0) & (n_negative > 0)
     share = torch.where(counted, 1 / n_positive.clamp(min=1).to(dtype), 0.0)
-    similar = similar * temperature / n_positive.clamp(min=1)
-    away = torch.linalg.vecdot(queries, key_sum - own_sum) * temperature / n_negative.clamp(min=1)
-    gradient = mean.mul_(weight[:, None]).sub_(pull).mul_(share[:, None] / temperature)
-
-    def spread(values: Tensor, fill: float = 0) -> Tensor:
-        out = values.new_full((anchors.shape[0], *values.shape[1:]), fill)
-        return out.index_copy_(0, order, values)
-
-    rows = (loss * share, lse, n_positive.clamp(min=0), similar, away)
+    similar = found.similar * temperature / n_positive.clamp(min=1)
+    away = _sum_of_negatives(scene) * temperature / n_negative.clamp(min=1)
+    rows = (found.loss * share, lse, n_positive.clamp(min=0), similar, away)
     if not want_gradient:
-        return *map(spread, rows), queries.new_zeros(0)
-    return *map(spread, rows), spread(gradient)
+        return *map(scene.spread, rows), queries.new_zeros(0)
+    gradient = mean.mul_(found.weight[:, None]).sub_(found.pull).mul_(share[:, None] / temperature)
+    return *map(scene.spread, rows), scene.spread(gradient)
 
 
-def _sum_of_keys(keys: Tensor, layout: _Layout, dtype: torch.dtype) -> Tensor:
-    """Sum of all used keys: [D]."""
-    if layout.key_order is not None:
-        keys = keys[layout.key_order]
-    spans = [keys[first:last].sum(0, dtype=dtype) for _, first, last in layout.runs]
-    return torch.stack(spans).sum(0) if spans else keys.new_zeros(keys.shape[1], dtype=dtype)
+def contrast_negatives(
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D]
+    segments: Tensor,  # [C, G, 2] int64
+    temperature: float,
+    want_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of the op `pico_fast::contrast_negatives`; see `pico_fast.contrast`."""
+    scene = _scene(anchors, anchor_labels, keys, None, segments, temperature)
+    lse, mean = _log_sum(scene, temperature, want_mean)
+    mean = scene.spread(mean) if want_mean else lse.new_zeros(0)
+    away = _sum_of_negatives(scene) * temperature
+    return scene.spread(lse, -math.inf), mean, scene.spread(away)
+
+
+def contrast_positives(
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D]
+    segments: Tensor,  # [C, G, 2] int64
+    lse: Tensor,  # [A]
+    temperature: float,
+    want_pull: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs of the op `pico_fast::contrast_positives`; see `pico_fast.contrast`."""
+    scene = _scene(anchors, anchor_labels, keys, None, segments, temperature)
+    found = _positives(scene, lse[scene.layout.anchor_order], want_pull)
+    pull = scene.spread(found.pull) if want_pull else lse.new_zeros(0)
+    similar = scene.spread(found.similar) * temperature
+    return scene.spread(found.loss), scene.spread(found.weight), similar, pull
 
 
 def contrast_all_keys_grad(

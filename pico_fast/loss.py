@@ -12,9 +12,8 @@ from pico_fast.labels import check_predictions, labels_on_grid, predictions_on_g
 from pico_fast.pixels import gather_pixels
 from pico_fast.presets import preset
 from pico_fast.selection import check_sampling
+from pico_fast.sharded import contrast_sharded
 from pico_fast.synthesis import Synthesis, check_synthesis
-
-PLACEMENTS = ("local", "replicated", "sharded")
 
 
 def check_batch(
@@ -60,8 +59,10 @@ class PiCoLoss(nn.Module):
         seed: with `step` it decides every draw.
         impl: None picks by device; "reference" is the specification in plain PyTorch.
         process_group: ranks that train together; None is the default group, if there is one.
-        placement: where the bank lives with several ranks: "local" keeps one on each rank.
-            "replicated" and "sharded" are for one rank in this version and refuse more.
+        placement: where the bank lives with several ranks; see `MemoryBank`. "replicated": a whole one
+            on every rank. "sharded": a share of it on every rank; anchors travel, and the bank may be as
+            large as all ranks' memory. "local": each rank has its own and sees its own images alone.
+        max_images: most images in a rank's batch; see `MemoryBank`.
         easy: where the anchors that are not hard come from: "correct" pixels or "random" ones.
 
     Attributes:
@@ -78,6 +79,12 @@ class PiCoLoss(nn.Module):
     integer predictions [B, h', w'] or None, and returns a scalar: float32, or float64 for float64
     embeddings. The anchors are compared with the bank as it was before the batch; in training the
     batch is then stored and `step` advances. The value has a floor far above 0: watch the similarities.
+
+    Several ranks call it equally often, in eval as well, each with its own batch, an empty one if need be.
+    The value is N times the sum over this rank's anchors divided by the number of all ranks' anchors
+    that count, so that the mean over the N ranks, of values and of DDP's gradients, is that of one
+    process with all anchors. Each rank draws up to max_samples anchors; `stats` are about its own. With
+    placement "local", and of the value in batch, all this is true of each rank alone.
 
     Source: PiCo, TPAMI 2024; Wang et al., ICCV 2021.
     """
@@ -105,6 +112,7 @@ class PiCoLoss(nn.Module):
         impl: str | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
         placement: str = "replicated",
+        max_images: int | None = None,
         easy: str = "correct",
     ) -> None:
         super().__init__()
@@ -119,21 +127,11 @@ class PiCoLoss(nn.Module):
         checks.floating_dtype("bank_dtype", bank_dtype)
         if bank_dtype not in checks.FLOATING:
             raise TypeError(f"bank_dtype: expected one of {checks.FLOATING}, got {bank_dtype!r}")
-        checks.choice("placement", placement, PLACEMENTS)
-        if process_group is not None and not (
-            torch.distributed.is_available()
-            and isinstance(process_group, torch.distributed.ProcessGroup)
-        ):
-            raise TypeError(
-                f"process_group: expected a ProcessGroup or None, got {checks.describe(process_group)}"
-            )
         self.selection = (sampling, num_positives, num_negatives, float(hard_fraction))
         self.sizes = (max_samples, max_views, min_pixels)
         self.easy = easy
         self.synthesis = synthesis
         self.impl = impl
-        self.process_group = process_group
-        self.placement = placement
         # the bank checks what is left
         self.bank = MemoryBank(
             num_classes,
@@ -145,6 +143,9 @@ class PiCoLoss(nn.Module):
             ignore_index,
             seed,
             impl=impl,
+            process_group=process_group,
+            placement=placement,
+            max_images=max_images,
         )
         self.num_classes = num_classes
         self.ignore_index = ignore_index
@@ -165,18 +166,6 @@ class PiCoLoss(nn.Module):
         """
         return cls(**{**preset(name).options(), **options})
 
-    def _check_ranks(self) -> None:
-        if self.placement == "local" or not torch.distributed.is_available():
-            return
-        if not torch.distributed.is_initialized():
-            return
-        ranks = torch.distributed.get_world_size(self.process_group)
-        if ranks > 1:
-            raise ValueError(
-                f"placement: expected 'local' with {ranks} ranks, got {self.placement!r}: this version"
-                " keeps no common bank of several ranks"
-            )
-
     def forward(
         self,
         embeddings: Tensor,  # [B, D, H, W]
@@ -188,44 +177,49 @@ class PiCoLoss(nn.Module):
         bank = self.bank
         checks.size("embeddings", embeddings, 1, bank.embedding_dim, "embedding_dim")
         checks.same_device("embeddings", embeddings, "the bank", bank.storage)
-        self._check_ranks()
+        bank.check_ranks(labels.shape[0])
+        ranks = bank.ranks
         is_reference = self.impl == "reference"
 
         height, width = embeddings.shape[2:]
         labels = labels_on_grid(labels, height, width, self.num_classes, self.ignore_index)
         predictions = predictions_on_grid(logits, height, width)
 
-        seed = reference.step_seed(self.seed, self.step)
+        common_seed = reference.step_seed(self.seed, self.step)
+        # no two ranks draw alike
+        seed = reference.step_seed(common_seed, ranks.rank) if ranks.size > 1 else common_seed
         sample = reference.sample_anchors if is_reference else draw_anchors
         pixel, anchor_labels = sample(
             labels, predictions, *self.sizes, self.num_classes, seed, self.easy
         )
         anchors = gather_pixels(embeddings, pixel)
 
-        slots = bank.storage.shape[1]
-        keys, key_labels, segments = None, None, None
-        if slots and is_reference:
-            keys, key_labels = bank.keys()
-        elif slots:
-            keys, segments = bank.storage.flatten(0, 1), bank.segments()
-        rows, counted, similar, away = contrast_rows(
-            anchors,
-            anchor_labels,
-            keys,
-            key_labels,
-            seed,
-            self.temperature,
-            *self.selection,
-            self.synthesis,
-            is_reference,
-            segments,
-        )
+        # on its way between the ranks while the anchors are compared with the bank as it was
+        write = bank.start_write(embeddings.detach(), labels) if self.training else None
+        pairs = (anchors, anchor_labels)
+        choice = (self.temperature, *self.selection, self.synthesis)
+        if bank.sharded:
+            seeds = (common_seed, seed)
+            rows, counted, similar, away = contrast_sharded(*pairs, bank.share(), seeds, *choice)
+        else:
+            keys, key_labels, segments = None, None, None
+            if bank.slots and is_reference:
+                keys, key_labels = bank.keys()
+            elif bank.slots:
+                keys, segments = bank.storage.flatten(0, 1), bank.segments()
+            rows, counted, similar, away = contrast_rows(
+                *pairs, keys, key_labels, seed, *choice, is_reference, segments
+            )
         n_counted = counted.sum()
-        loss = rows.sum() / n_counted.clamp(min=1) * self.scale
+        scale = self.scale
+        if ranks.size > 1:
+            n_counted = ranks.sum(n_counted)
+            scale *= ranks.size
+        loss = rows.sum() / n_counted.clamp(min=1) * scale
 
         self._keep_stats(labels, predictions, pixel, counted, similar, away)
         if self.training:
-            bank.write(embeddings.detach(), labels)
+            write()
             self.step.add_(1)
         return loss if embeddings.dtype == torch.float64 else loss.float()
 

@@ -42,6 +42,8 @@ def _mix(page, anchors, keys, pool_index, *_):
 _OPS = {
     "contrast_all": ("contrast_gpu", _contrast, contrast_any.contrast_all),
     "contrast_all_keys_grad": ("contrast_gpu", _keys_grad, contrast_any.contrast_all_keys_grad),
+    "contrast_negatives": ("contrast_gpu", _contrast, contrast_any.contrast_negatives),
+    "contrast_positives": ("contrast_gpu", _contrast, contrast_any.contrast_positives),
     "select_keys": ("selection_gpu", _select, selection.select_any),
     "rank_keys": ("picked_gpu", _rank, picked.rank_torch),
     "weighted_rows": ("picked_gpu", _sum, picked.rows_torch),

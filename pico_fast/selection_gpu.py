@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pico_fast import class_order, contrast_gpu, reference
+from pico_fast import class_order, pass_gpu, reference
 from pico_fast.kernels import configs, sampling, selection
 from pico_fast.selection import permute_torch
 
@@ -33,25 +33,25 @@ _LEAST = torch.iinfo(torch.int64).min
 
 
 def takes(anchors: Tensor, keys: Tensor | None, sampling: str, *counts: int) -> bool:
-    """Whether the kernels are for these; see `contrast_gpu.takes`. float32 rows of 512 do not fit."""
+    """Whether the kernels are for these; see `pass_gpu.takes`. float32 rows of 512 do not fit."""
     wide = anchors.shape[1] > 256 and (anchors if keys is None else keys).dtype == torch.float32
-    small = configs.family(contrast_gpu.device_of(anchors)[0]) == 86
+    small = configs.family(pass_gpu.device_of(anchors)[0]) == 86
     most = MAX_COUNT // 2 if small else MAX_COUNT
     hard = sampling in ("hardest", "semi_hard") and max(counts) <= most
-    return hard and not wide and contrast_gpu.takes(anchors, keys)
+    return hard and not wide and pass_gpu.takes(anchors, keys)
 
 
 class _Side:
     """One side, positives or negatives, of all anchors."""
 
-    def __init__(self, work: contrast_gpu.Pass, own: bool, in_batch: bool, count: int) -> None:
+    def __init__(self, work: pass_gpu.Pass, own: bool, in_batch: bool, count: int) -> None:
         self.work, self.count = work, count
         n_anchors = work.queries.shape[0]
         arranged = work.arranged
         self.launch = configs.selection(work.keys.dtype, work.queries.shape[1])
         tiles = triton.cdiv(work.keys.shape[0], self.launch.BN)
         blocks = triton.cdiv(n_anchors, self.launch.BM)
-        self.splits = contrast_gpu.choose_splits(blocks, work.processors, min(tiles, 64))
+        self.splits = pass_gpu.choose_splits(blocks, work.processors, min(tiles, 64))
         spread = class_order.spread_tiles(arranged.spans, self.launch.BN, self.splits)
         self.options = {
             **work.options(self.launch),
@@ -278,7 +278,7 @@ def select_keys(
     """The op `select_keys` for "hardest" and "semi_hard"."""
     arranged = class_order.class_order(anchor_labels, key_labels, segments)
     # a temperature is the loss's affair
-    work = contrast_gpu.make_pass(anchors, keys, arranged, 1.0)
+    work = pass_gpu.make_pass(anchors, keys, arranged, 1.0)
     used = (arranged.low >= 0).int()
     found = []
     for own, count in ((True, num_positives), (False, num_negatives)):

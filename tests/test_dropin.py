@@ -242,6 +242,16 @@ def op_calls(name, keyed):
         return of_all
     if name == "contrast_selected":
         return of_chosen
+    # a bank of 3 classes x (3 + 1) slots, not all in use
+    bank, segments = torch.randn(12, anchors.shape[1]), torch.tensor([[0, 2, 3, 1]]).view(1, 2, 2)
+    segments = (
+        segments.repeat(3, 1, 1) + torch.tensor([0, 4, 8])[:, None, None] * torch.eye(2).long()[0]
+    )
+    half = (anchors, anchor_labels.clamp(max=2), bank, segments)
+    if name == "contrast_negatives":
+        return (*half, 0.1, keyed)
+    if name == "contrast_positives":
+        return (*half, torch.randn(7), 0.1, keyed)
     grad = torch.randn(7)
     if name == "contrast_all_keys_grad":
         _, lse, count, *_ = ops.contrast_all(*of_all)
@@ -341,6 +351,8 @@ INSIDE = {
     "mix_negatives": synthesis.mix_any,
     "contrast_all": contrast_any.contrast_all,
     "contrast_all_keys_grad": contrast_any.contrast_all_keys_grad,
+    "contrast_negatives": contrast_any.contrast_negatives,
+    "contrast_positives": contrast_any.contrast_positives,
     "gather_pixels": pixels.gather_torch,
     "contrast_selected": contrast_selected.contrast_selected,
     "contrast_selected_keys_grad": contrast_selected.contrast_selected_keys_grad,

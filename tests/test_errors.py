@@ -149,6 +149,11 @@ NO_PAIRS = {
     "seed": (*NO_SEED, torch.tensor(0.0), torch.tensor([0]), torch.tensor(0, device="meta")),
 }
 NO_KEYS = {"keys": (*NO_ROWS[1:], ROWS[:, :7], META["rows"]), "key_labels": NO_ROW_LABELS}
+NO_RANKS = {
+    "placement": ("everywhere", "Local", None, 1),
+    "process_group": ("world", 0),
+    "max_images": (0, -1, 2.0, True, "2"),
+}
 WRONG = {
     "attach": {
         "model": (None, "model", nn.Sequential),
@@ -192,9 +197,12 @@ WRONG = {
         "pool": NO_COUNT,
     },
     "ProjectionHead": {"in_channels": NO_COUNT, "embedding_dim": NO_COUNT},
-    "MemoryBank": NO_BANK | {"dtype": (torch.int8, "float32", None), "impl": ("fast", 3)},
+    "MemoryBank": NO_BANK
+    | NO_RANKS
+    | {"dtype": (torch.int8, "float32", None), "impl": ("fast", 3)},
     "PiCoLoss": NO_SELECTION
     | NO_BANK
+    | NO_RANKS
     | {
         "temperature": NO_TEMPERATURE,
         "base_temperature": [t for t in NO_TEMPERATURE if t is not None],
@@ -203,8 +211,6 @@ WRONG = {
         "min_pixels": NO_COUNT,
         "synthesis": (3, pico_fast.Synthesis),
         "bank_dtype": (torch.int8, torch.complex64, "bfloat16", None),
-        "placement": ("everywhere", "Local", None, 1),
-        "process_group": ("world", 0),
         "easy": ("hard", None),
     },
     "PixelContrastLoss": {

@@ -10,6 +10,7 @@ import pico_fast
 from pico_fast import class_order, contrast_any, reference
 
 contrast_gpu = pytest.importorskip("pico_fast.contrast_gpu", reason="needs Triton")
+pass_gpu = pytest.importorskip("pico_fast.pass_gpu", reason="needs Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning"
@@ -192,11 +193,31 @@ def test_the_number_of_splits_changes_rounding_alone(monkeypatch):
     pairs = on_device(*scene(40, 900, 16, 9))
     results = []
     for processors in (1, 3, 16):
-        monkeypatch.setattr(contrast_gpu, "_device", lambda _, p=processors: (90, p))
+        monkeypatch.setattr(pass_gpu, "_device", lambda _, p=processors: (90, p))
         results.append(contrast_gpu.contrast_all(*pairs, None, None, 0.1, True))
     for result in results[1:]:
         torch.testing.assert_close(result[0], results[0][0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(result[5], results[0][5], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_the_halves_are_those_of_the_formula(dtype):
+    """Keys of a share in segments: one empty, one of no anchor; an anchor without a class."""
+    anchors = torch.nn.functional.normalize(torch.randn(37, 24), dim=1)
+    labels = torch.randint(-1, 3, (37,))
+    keys = torch.nn.functional.normalize(torch.randn(160, 24), dim=1).to(dtype)
+    segments = torch.tensor([[[0, 25], [30, 9]], [[40, 0], [70, 0]], [[80, 33], [120, 2]]])
+    half = on_device(anchors, labels, keys, segments)
+    lse = torch.rand(37, device=DEVICE) * 3 + 4
+    for want in (True, False):
+        found = contrast_gpu.contrast_negatives(*half, 0.1, want)
+        found += contrast_gpu.contrast_positives(*half, lse, 0.1, want)
+        expected = contrast_any.contrast_negatives(*half, 0.1, want)
+        expected += contrast_any.contrast_positives(*half, lse, 0.1, want)
+        for mine, theirs in zip(found, expected, strict=True):
+            if theirs.numel() == 37 and not want and not theirs.any():
+                continue  # w is not summed where nobody wants the pull
+            torch.testing.assert_close(mine, theirs, rtol=5e-3, atol=5e-3)
 
 
 def test_what_the_kernels_are_not_for():
@@ -214,7 +235,7 @@ def test_what_the_kernels_are_not_for():
     ("blocks", "processors"), [(32, 132), (70, 132), (1, 132), (128, 132), (500, 132)]
 )
 def test_splits_fill_whole_waves(blocks, processors):
-    splits = contrast_gpu.choose_splits(blocks, processors, 12)
+    splits = pass_gpu.choose_splits(blocks, processors, 12)
     waves = -(-blocks * splits // processors)
     one = -(-blocks // processors)
     assert 1 <= splits <= 12

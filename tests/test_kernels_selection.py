@@ -267,7 +267,7 @@ def test_deviation_of_semi_hard_at_full_size():
     arranged = selection_gpu.class_order.class_order(
         *(x.to(DEVICE) for x in (anchor_labels, key_labels)), None
     )
-    work = selection_gpu.contrast_gpu.make_pass(anchors.to(DEVICE), keys.to(DEVICE), arranged, 1.0)
+    work = selection_gpu.pass_gpu.make_pass(anchors.to(DEVICE), keys.to(DEVICE), arranged, 1.0)
     side = selection_gpu._Side(work, False, False, 2048)
     used = (arranged.low >= 0).int()
     selection_gpu._semi_hard(side, used, 0.1, SEED.to(DEVICE), reference.NEGATIVE)

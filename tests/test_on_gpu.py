@@ -32,7 +32,11 @@ def calls(dtype):
     of_all = (*pairs, None, None, 0.1, True)
     _, lse, count, *_ = OPS.contrast_all(*of_all)
     index = OPS.select_keys(*pairs, "hardest", 3, 5, 0.5, seed)[1]
+    segments = torch.tensor([[[0, 9], [10, 3]], [[13, 7], [20, 0]], [[21, 5], [30, 10]]])
+    half = (anchors, labels, keys, segments)
     return {
+        "contrast_negatives": (*half, 0.1, True),
+        "contrast_positives": (*half, torch.rand(9, dtype=wide) + 3, 0.1, True),
         "contrast_all": of_all,
         "contrast_all_keys_grad": (torch.ones(9, dtype=wide), *pairs, lse, count, 0.1),
         "select_keys": (*pairs, "semi_hard", 3, 5, 0.5, seed),

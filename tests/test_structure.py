@@ -13,7 +13,7 @@ PACKAGE = ROOT / "pico_fast"
 
 # a module imports from the rows above it, or from its own row; never from below, never in a circle
 LAYERS = [
-    {"checks", "labels", "pixels", "presets", "reference"},
+    {"checks", "labels", "pixels", "presets", "ranks", "reference"},
     {
         "anchors",
         "bank",
@@ -23,6 +23,8 @@ LAYERS = [
         "contrast_cpu",
         "contrast_gpu",
         "contrast_selected",
+        "entries",
+        "pass_gpu",
         "picked",
         "picked_gpu",
         "projection",
@@ -31,7 +33,8 @@ LAYERS = [
         "selection_gpu",
         "synthesis",
     },
-    {"loss", "on_gpu"},
+    {"sharded", "shard_picks", "on_gpu"},
+    {"loss"},
     {"dropin", "tap", "testing", "visualize"},
     {"__init__"},
     {"info"},
