@@ -15,7 +15,7 @@ from pico_fast import reference
 CLASSES, DIM, SIZE = 5, 16, 6
 PLACEMENTS = ("replicated", "sharded")
 # every pixel is an anchor, whatever is drawn
-EVERY = {"max_samples": 3 * SIZE * SIZE, "max_views": SIZE * SIZE}
+EVERY = {"max_samples": 8 * SIZE * SIZE, "max_views": SIZE * SIZE}
 
 
 def make(**options):
