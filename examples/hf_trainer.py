@@ -2,7 +2,7 @@
 
     python examples/hf_trainer.py --steps 60
 
-On several GPUs: placement="local" for the criterion, so that each process has a bank of its own.
+On several GPUs the processes have one bank in common without more ado, here as under Accelerate.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python examples/lightning_module.py --steps 60
 
-On several GPUs: placement="local" for the criterion, so that each process has a bank of its own; DDP
-leaves it alone.
+On several GPUs the processes have one bank in common, which DDP leaves alone. Lightning saves what the
+first process holds: keep the default placement="replicated", with which that is the whole bank.
 """
 
 import argparse

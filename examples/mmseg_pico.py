@@ -6,7 +6,7 @@ mmseg_pico_config.py does:
     custom_imports = dict(imports=["mmseg_pico"])
     decode_head = dict(type="PiCoASPPHead", contrast=dict(type="PiCoLoss", sampling="random"), ...)
 
-The bank is part of the model: it moves, is saved and resumed with it. On several GPUs: placement="local".
+The bank is part of the model: it moves, is saved and resumed with it. On several GPUs all share one.
 """
 
 from typing import Any

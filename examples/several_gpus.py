@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 examples/several_gpus.py --steps 60 --placement sharded
 
 Started again with the same folder, on as many ranks or others, it continues from the last checkpoint
-that is whole. What several ranks ask for: DDP around the model, `DistributedDataParallel`'s usual SyncBatchNorm, a
-different batch on each rank, and torch.distributed.checkpoint, because a sharded bank lies on all ranks.
+that is whole. What several ranks ask for: DDP around the model, the usual SyncBatchNorm, a different
+batch on each rank, and torch.distributed.checkpoint, because a sharded bank lies on all ranks.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from pico_fast.bank import Share
 from pico_fast.class_order import rows_of_places
 from pico_fast.contrast_any import merge_mixes
 from pico_fast.picked import rank_keys
-from pico_fast.selection import permute_torch, product_dtype
+from pico_fast.selection import product_dtype
 
 # negatives that a sample must hold for its quantile to be sharp, and how many more are taken
 _SHARP, _MORE = 8192, 1.25
@@ -224,10 +224,14 @@ def semi_hard_negatives(
     place = torch.arange(size, device=n_valid.device)
     n = n_valid.clamp(min=1)
     inside = place < n_valid
-    drawn = permute_torch(
-        torch.where(place < n, place, 0), n[None], seeds[0], reference.SAMPLE, place[:1] * 0
+    drawn = torch.ops.pico_fast.permute_ranks(
+        torch.where(place < n, place, 0).unsqueeze(0),
+        n.view(1, 1),
+        seeds[0],
+        reference.SAMPLE,
+        torch.zeros_like(n).view(1, 1),
     )
-    place = torch.where(n_valid > size, drawn, place)
+    place = torch.where(n_valid > size, drawn.squeeze(0), place)
     row = rows_of_places(segments, torch.where(inside, place, 0))
     local = torch.where(inside, _local(share, row), -1)
     # each key lies in one share: the others add 0
