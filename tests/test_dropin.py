@@ -243,15 +243,11 @@ def op_calls(name, keyed):
     if name == "contrast_selected":
         return of_chosen
     # a bank of 3 classes x (3 + 1) slots, not all in use
-    bank, segments = torch.randn(12, anchors.shape[1]), torch.tensor([[0, 2, 3, 1]]).view(1, 2, 2)
-    segments = (
-        segments.repeat(3, 1, 1) + torch.tensor([0, 4, 8])[:, None, None] * torch.eye(2).long()[0]
-    )
+    bank, first = torch.randn(12, anchors.shape[1]), torch.arange(0, 12, 4)
+    segments = torch.stack([first, first * 0 + 2, first + 3, first * 0 + 1], 1).view(3, 2, 2)
     half = (anchors, anchor_labels.clamp(max=2), bank, segments)
-    if name == "contrast_negatives":
-        return (*half, 0.1, keyed)
-    if name == "contrast_positives":
-        return (*half, torch.randn(7), 0.1, keyed)
+    if name in ("contrast_negatives", "contrast_positives"):
+        return (*half, *([torch.randn(7)] if "pos" in name else []), 0.1, keyed)
     grad = torch.randn(7)
     if name == "contrast_all_keys_grad":
         _, lse, count, *_ = ops.contrast_all(*of_all)
