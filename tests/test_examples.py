@@ -161,7 +161,7 @@ def test_demo_refuses_nan(tmp_path, monkeypatch):
 
 
 def test_demo_refuses_an_empty_bank(tmp_path, monkeypatch):
-    monkeypatch.setattr(pico_fast.MemoryBank, "write", lambda *args: None)
+    monkeypatch.setattr(pico_fast.MemoryBank, "start_write", lambda *args: lambda: None)
     assert "the bank is still empty" in short_demo(tmp_path)
 
 
