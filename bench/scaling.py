@@ -85,7 +85,7 @@ def sent(s: Setting) -> float:
 
 
 def operations(s: Setting) -> float:
-    """Operations of the matrix products of a rank in one step."""
+    """Operations of a rank's matrix products in one step, with the kernels of a GPU."""
     shards = s.ranks if s.placement == "sharded" else 1
     rows, keys = shards * s.anchors, s.keys / shards
     own = s.slots / shards

@@ -41,11 +41,11 @@ class _Scene(NamedTuple):
 
 
 def _scene(
-    anchors: Tensor,
-    anchor_labels: Tensor,
-    keys: Tensor | None,
-    key_labels: Tensor | None,
-    segments: Tensor | None,
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor | None,  # [K, D]; None: the anchors with one another
+    key_labels: Tensor | None,  # [K] int64
+    segments: Tensor | None,  # [C, G, 2] int64, instead of key_labels
     temperature: float,
 ) -> _Scene:
     if segments is not None:
@@ -101,7 +101,11 @@ class _Positives(NamedTuple):
     count: Tensor  # [A] int64
 
 
-def _positives(scene: _Scene, lse: Tensor, want_pull: bool) -> _Positives:
+def _positives(
+    scene: _Scene,
+    lse: Tensor,  # [A]
+    want_pull: bool,
+) -> _Positives:
     queries, anchor_labels, keys, key_labels, in_batch = scene
     n = queries.shape[0]
     loss, weight = queries.new_zeros(n), queries.new_zeros(n)

@@ -165,11 +165,11 @@ class _Scene(NamedTuple):
 
 
 def _scene(
-    anchors: Tensor,
-    anchor_labels: Tensor,
-    keys: Tensor | None,
-    key_labels: Tensor | None,
-    segments: Tensor | None,
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor | None,  # [K, D]; None: the anchors with one another
+    key_labels: Tensor | None,  # [K] int64
+    segments: Tensor | None,  # [C, G, 2] int64, instead of key_labels
     temperature: float,
 ) -> _Scene:
     if segments is not None:

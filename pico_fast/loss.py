@@ -83,8 +83,9 @@ class PiCoLoss(nn.Module):
     Several ranks call it equally often, in eval as well, each with its own batch, an empty one if need be.
     The value is N times the sum over this rank's anchors divided by the number of all ranks' anchors
     that count, so that the mean over the N ranks, of values and of DDP's gradients, is that of one
-    process with all anchors. Each rank draws up to max_samples anchors; `stats` are about its own. With
-    placement "local", and of the value in batch, all this is true of each rank alone.
+    process with all anchors. Each rank draws up to max_samples anchors; `stats` are about its own. In
+    batch, where there is no bank, a rank's anchors meet one another alone, and the mean is over all ranks
+    as before. With placement "local" each rank is on its own in everything.
 
     Source: PiCo, TPAMI 2024; Wang et al., ICCV 2021.
     """
@@ -198,7 +199,7 @@ class PiCoLoss(nn.Module):
         write = bank.start_write(embeddings.detach(), labels) if self.training else None
         pairs = (anchors, anchor_labels)
         choice = (self.temperature, *self.selection, self.synthesis)
-        if bank.sharded:
+        if bank.sharded and bank.slots:
             seeds = (common_seed, seed)
             rows, counted, similar, away = contrast_sharded(*pairs, bank.share(), seeds, *choice)
         else:

@@ -193,6 +193,8 @@ def select_any(
         products = buffer[: queries.shape[0]]
         _similarity(queries, keys, used, products)
         for side, (sign, stream) in enumerate(streams):
+            if counts[side] == 0:  # the op, unlike the public function, may be asked for one side
+                continue
             picked = pick_keys(
                 products,
                 anchor_labels[here],

@@ -282,6 +282,10 @@ def select_keys(
     used = (arranged.low >= 0).int()
     found = []
     for own, count in ((True, num_positives), (False, num_negatives)):
+        if count == 0:  # one side alone is wanted: no walk over the other's keys
+            none = anchor_labels.new_empty(len(used), 0)
+            found.append((none, torch.empty(none.shape, device=none.device)))
+            continue
         side = _Side(work, own, keys is None, count)
         if sampling == "hardest":
             _hardest(side, used)

@@ -50,7 +50,12 @@ def available(
     return own, torch.where(used, lengths.sum() - own, 0)
 
 
-def how_many(n: Tensor, count: int, sampling: str, hard_fraction: float) -> Tensor:
+def how_many(
+    n: Tensor,  # [A] int64
+    count: int,
+    sampling: str,
+    hard_fraction: float,
+) -> Tensor:
     """Keys that anchors with n [A] on one side are compared with: [A] int64."""
     if sampling == "all":
         return n
@@ -60,18 +65,25 @@ def how_many(n: Tensor, count: int, sampling: str, hard_fraction: float) -> Tens
 
 
 def _pool_size(n: Tensor, hard_fraction: float) -> Tensor:
+    """Size of the hardest pool of n [A] keys: [A] int64, at least 1."""
     return (n.double() * hard_fraction).ceil().long().clamp(min=1)
 
 
-def _names(share: Share, index: Tensor) -> Tensor:
-    """The row in the whole bank of each row of the share; the last of all where there is none."""
+def _names(
+    share: Share,
+    index: Tensor,  # [n, k] int64
+) -> Tensor:
+    """The row [n, k] in the whole bank of each row of the share; the last of all where there is none."""
     width = max(1, share.keys.shape[0] // share.segments.shape[0])
     name = index // width * share.slots + share.first + index % width
     return torch.where(index < 0, _LAST, name)
 
 
-def _local(share: Share, row: Tensor) -> Tensor:
-    """The row in the share of each row of the whole bank, -1 where it lies elsewhere."""
+def _local(
+    share: Share,
+    row: Tensor,  # [...] int64
+) -> Tensor:
+    """The row [...] in the share of each row of the whole bank, -1 where it lies elsewhere."""
     width = share.keys.shape[0] // share.segments.shape[0]
     slot = row % share.slots - share.first
     return torch.where((slot >= 0) & (slot < width), row // share.slots * width + slot, -1)
@@ -80,7 +92,7 @@ def _local(share: Share, row: Tensor) -> Tensor:
 def _hardest_of_share(
     anchors: Anchors, share: Share, positives: int, negatives: int
 ) -> list[Picks]:
-    """The hardest positives and negatives of this share."""
+    """The hardest positives and negatives of this share: [N·A, count] each; 0 leaves a side out."""
     seed = torch.zeros((), dtype=torch.int64, device=share.keys.device)
     found = torch.ops.pico_fast.select_keys(
         anchors.rows,
@@ -199,7 +211,7 @@ def pick(
         )
     # no pool is larger than that of a class with all slots in use
     widest = max(1, math.ceil(hard_fraction * share.slots))
-    positives, _ = _hardest_of_share(anchors, share, widest, 1)
+    positives, _ = _hardest_of_share(anchors, share, widest, 0)
     pool = torch.minimum(_pool_size(own, hard_fraction), own)
     return _cut(anchors, share, positives, -1, pool, (num_positives, seed)), None
 
@@ -247,7 +259,7 @@ def semi_hard_negatives(
         keys,
         key_labels,
         "semi_hard",
-        1,
+        0,
         num_negatives,
         hard_fraction,
         seeds[1],
@@ -271,7 +283,7 @@ def mix_share(
     ranks = share.ranks
     *wanted, pool = mixes
     if picks is None:
-        _, picks = _hardest_of_share(anchors, share, 1, pool)
+        _, picks = _hardest_of_share(anchors, share, 0, pool)
     picks = Picks(*(x.narrow(1, 0, min(pool, x.shape[1])) for x in picks))
     in_use = ranks.sum((picks.index >= 0).sum(1))[anchors.own]
     members = _cut(anchors, share, picks, 1, in_use.clamp(max=pool)).index

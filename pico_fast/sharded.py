@@ -46,7 +46,12 @@ def _of_picks(picks: Picks, keys: Tensor, temperature: float, want_mean: bool) -
     return _Negatives(lse, mean, picks.similarity.sum(1))
 
 
-def _with_mixes(found: _Negatives, mix_lse: Tensor, mix_mean: Tensor) -> _Negatives:
+def _with_mixes(
+    found: _Negatives,
+    mix_lse: Tensor,  # [n]
+    mix_mean: Tensor,  # [n, D]
+) -> _Negatives:
+    """The same with the synthesised negatives, which count in the denominator alone."""
     if found.mean.numel() == 0:
         return found._replace(lse=torch.logaddexp(found.lse, mix_lse))
     lse, mean = merge_mixes(found.lse, found.mean, mix_lse, mix_mean)
@@ -126,7 +131,11 @@ def _sampled_negatives(
     return share.ranks.gather(found.lse), _Pending(lambda: columns)
 
 
-def _positives(work: _Work, picks: Picks | None, lse: Tensor) -> Tensor:
+def _positives(
+    work: _Work,
+    picks: Picks | None,
+    lse: Tensor,  # [N·A]
+) -> Tensor:
     """Sums over the own anchors' positives: columns of loss, weight, inner product and pull [A, 3 + D]."""
     (everyone, labels, _), share, temperature, want = work
     if picks is None:
@@ -159,10 +168,10 @@ class _Saved(torch.autograd.Function):
 
 @torch.no_grad()
 def _contrast(
-    anchors: Tensor,
-    anchor_labels: Tensor,
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int64
     share: Share,
-    seeds: tuple[Tensor, Tensor],
+    seeds: tuple[Tensor, Tensor],  # [] int64 each
     temperature: float,
     choice: tuple[str, int, int, float],
     mixes: tuple[int, int, int] | None,

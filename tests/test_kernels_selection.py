@@ -290,3 +290,23 @@ def test_deviation_of_semi_hard_at_full_size():
     steps = torch.arange(1, len(within) + 1) / len(within)
     assert (steps - within).abs().max() <= 0.02
     print(f"beyond the pool {beyond:.4f}, Kolmogorov-Smirnov {(steps - within).abs().max():.4f}")
+
+
+@pytest.mark.parametrize("sampling", ("hardest", "semi_hard"))
+def test_one_side_alone_costs_no_walk_of_the_other(sampling, monkeypatch):
+    """A count of 0, which the op takes though the public function does not."""
+    pairs, sides = scene(7, 90, 16, 3), []
+    both = run(sampling, pairs, 5, 8)
+    plain = torch.ops.pico_fast.select_keys(*pairs, sampling, 5, 0, 0.3, SEED)
+    original = selection_gpu._Side
+
+    def watched(work, own, in_batch, count):
+        sides.append(own)
+        return original(work, own, in_batch, count)
+
+    monkeypatch.setattr(selection_gpu, "_Side", watched)
+    positives, negatives = run(sampling, pairs, 5, 0), run(sampling, pairs, 0, 8)
+    assert sides == [True, False]
+    assert torch.equal(positives[0], both[0]) and torch.equal(negatives[1], both[1])
+    assert positives[1].shape == positives[3].shape == negatives[0].shape == (7, 0)
+    assert torch.equal(plain[0], both[0]) and plain[1].shape == plain[3].shape == (7, 0)

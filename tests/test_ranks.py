@@ -80,13 +80,13 @@ class Counted:
             setattr(dist, name, original)
 
 
-def _agree(rank, world, store):
+def _agree(rank, world, store, sampling):
     """50 steps of every placement: the ranks' banks, and in some steps what one process makes of it."""
     start(rank, world, store)
-    options = {"sampling": "hardest", "max_images": 3}
+    options = {"sampling": sampling, "max_images": 3}
     # several ranks are there, and this one is not of them
     everything = {"max_samples": world * alike.EVERY["max_samples"]}
-    alone = alike.make(sampling="hardest", placement="local", **everything)
+    alone = alike.make(sampling=sampling, placement="local", **everything)
     banks = {}
     ranked = {p: alike.make(placement=p, **options) for p in PLACEMENTS}
     for step in range(50):
@@ -214,9 +214,10 @@ def _wrapped(rank, world, store):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("sampling", ("all", "hardest"))
 @pytest.mark.parametrize("world", (2, 4))
-def test_ranks_agree_over_50_steps(tmp_path, world):
-    spawn(_agree, world, tmp_path)
+def test_ranks_agree_over_50_steps(tmp_path, world, sampling):
+    spawn(_agree, world, tmp_path, sampling)
 
 
 @pytest.mark.parametrize("world", (2, 4))
