@@ -1,17 +1,29 @@
-"""Every test starts from the same seed, and memory that the package leaves unwritten is poison."""
+"""Every test starts from the same seed, and memory that the package leaves unwritten is poison.
 
+`make test` runs representatives, `make stress` the full tables (`--full`) and notes what they reached
+(`--figures`), which docs/trust.md shows.
+"""
+
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     # without a GPU the Triton kernels run as Python; they want to know before they are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pico_fast
+
+# the same examples on every machine, or new ones and more of them
+settings.register_profile(
+    "representative", max_examples=40, deadline=None, derandomize=True, database=None
+)
+settings.register_profile("full", max_examples=1500, deadline=None, database=None)
 
 PACKAGE = [
     str(Path(pico_fast.__file__).parent),
@@ -52,3 +64,50 @@ def unwritten_memory_is_poison(monkeypatch):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+class Figures:
+    """What tests reached, by promise: counts that add up, and the worst of what was measured."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, float]] = {}
+
+    def add(self, promise: str, what: str, count: int = 1) -> None:
+        of_promise = self.found.setdefault(promise, {})
+        of_promise[what] = of_promise.get(what, 0) + count
+
+    def most(self, promise: str, what: str, value: float) -> None:
+        of_promise = self.found.setdefault(promise, {})
+        of_promise[what] = max(of_promise.get(what, float("-inf")), float(value))
+
+
+FIGURES = Figures()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="the full tables, not representatives")
+    parser.addoption("--figures", type=Path, help="JSON file that is given what tests reached")
+
+
+def pytest_configure(config):
+    settings.load_profile("full" if config.getoption("--full") else "representative")
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--figures")
+    if path is not None:
+        # several runs add to one file
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(known | FIGURES.found, indent=1, sort_keys=True) + "\n")
+
+
+@pytest.fixture(scope="session")
+def figures() -> Figures:
+    """Where a test notes what it reached."""
+    return FIGURES
+
+
+@pytest.fixture(scope="session")
+def full(request) -> bool:
+    """Whether the full tables run."""
+    return request.config.getoption("--full")

@@ -4,14 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 import pico_fast
 
-# the same examples on every machine
-steady = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 SAMPLINGS = st.sampled_from(("all", "hardest"))
 COUNTS = {"num_positives": 5, "num_negatives": 9}
 
@@ -46,7 +44,6 @@ def same(found, expected):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
-@steady
 @given(scenes(), SAMPLINGS)
 def test_the_order_of_keys_and_anchors(scene, sampling):
     anchors, anchor_labels, keys, key_labels, temperature = scene
@@ -56,7 +53,6 @@ def test_the_order_of_keys_and_anchors(scene, sampling):
     same(each(*moved, sampling), (loss[of], grad[of]))
 
 
-@steady
 @given(scenes(), SAMPLINGS)
 def test_the_names_of_classes(scene, sampling):
     anchors, anchor_labels, keys, key_labels, temperature = scene
@@ -65,7 +61,6 @@ def test_the_names_of_classes(scene, sampling):
     same(each(*renamed, sampling), each(*scene, sampling))
 
 
-@steady
 @given(scenes(), SAMPLINGS)
 def test_rotating_everything_rotates_the_gradient(scene, sampling):
     anchors, anchor_labels, keys, key_labels, temperature = scene
@@ -75,7 +70,6 @@ def test_rotating_everything_rotates_the_gradient(scene, sampling):
     same(each(*turned, sampling), (loss, grad @ turn))
 
 
-@steady
 @given(scenes(), SAMPLINGS)
 def test_empty_slots_may_hold_anything(scene, sampling):
     anchors, anchor_labels, keys, key_labels, temperature = scene
@@ -86,7 +80,6 @@ def test_empty_slots_may_hold_anything(scene, sampling):
     same(each(anchors, anchor_labels, more, labels, temperature, sampling), each(*scene, sampling))
 
 
-@steady
 @given(scenes())
 def test_keys_twice_are_the_same_positives_and_twice_the_negatives(scene):
     anchors, anchor_labels, keys, key_labels, temperature = scene
@@ -104,7 +97,6 @@ def test_keys_twice_are_the_same_positives_and_twice_the_negatives(scene):
         torch.testing.assert_close(found[i], expected, rtol=1e-9, atol=1e-9)
 
 
-@steady
 @given(scenes(), st.integers(1, 4))
 def test_parts_of_the_keys_add_up(scene, n_parts):
     """The two halves of the op over parts of a bank, and the formula over all of it."""
@@ -128,7 +120,6 @@ def test_parts_of_the_keys_add_up(scene, n_parts):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@steady
 @given(scenes(), SAMPLINGS)
 def test_another_negative_never_lowers_the_loss(scene, sampling):
     anchors, anchor_labels, keys, key_labels, temperature = scene
@@ -139,7 +130,6 @@ def test_another_negative_never_lowers_the_loss(scene, sampling):
         assert (after >= loss - 1e-12 * loss.abs()).all()
 
 
-@steady
 @given(scenes(), SAMPLINGS)
 def test_finite_differences(scene, sampling):
     anchors, anchor_labels, keys, key_labels, temperature = scene
