@@ -67,7 +67,8 @@ def merge_kernel(
         lost = used & (n > 0) & (trusted == 0)
         if tl.max(lost.to(tl.int32), 0) > 0:
             tl.store(flag, 1)
-    z = tl.where(sums > 0, (tl.log2(sums) + safe) * LN2, float("-inf"))
+    # not "sums > 0": a key of nan must show
+    z = tl.where(sums == 0, float("-inf"), (tl.log2(sums) + safe) * LN2)
     acc = acc / tl.where(sums > 0, sums, 1.0)[:, None]
     if MIXED:
         row = tl.load(order + rows, mask=used, other=0)

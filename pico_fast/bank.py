@@ -5,13 +5,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from pico_fast import checks, reference
+from pico_fast import bank_state, checks, reference
+from pico_fast.bank_state import Ring
 from pico_fast.entries import Entries, Rows, Wanted, start_entries
 from pico_fast.labels import clean_labels
 from pico_fast.ranks import Ranks, check_placement
 
-_STATE = ("storage", "pixel_count", "pixel_next", "region_count", "region_next", "step")
+_RINGS = ("pixel_count", "pixel_next", "region_count", "region_next")
+_STATE = ("storage", *_RINGS, "step", "refused")
 
 
 class Share(NamedTuple):
@@ -61,11 +64,14 @@ class MemoryBank(nn.Module):
             share of them.
         pixel_count, region_count: [C] int64, filled slots of the whole bank.
         step: [] int64, how many batches were enqueued.
+        refused: [] int64, how many vectors were not stored because they hold a nan or an infinity (in the
+            bank's dtype). It should stay 0: watch it.
 
     The tensors are state, saved and loaded by `state_dict`, but neither parameters nor buffers: they
     follow the device of the module and keep their dtype, and no wrapper broadcasts or shards them. The
     state of a sharded bank is the whole bank as a DTensor: torch.distributed.checkpoint saves it on N
-    ranks and loads it on M, and a state of the whole bank loads into any placement.
+    ranks and loads it on M, and a state of the whole bank loads into any placement. Its version and its
+    queue sizes stand in it: a bank of another size, or values that no bank can have, are refused whole.
 
     Source: PiCo, TPAMI 2024, section 3.3 (pixel queue and region memory).
     """
@@ -115,9 +121,10 @@ class MemoryBank(nn.Module):
             self.first_slot, self.last_slot = self.ranks.share(self.slots)
         shape = (num_classes, self.last_slot - self.first_slot, embedding_dim)
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
-        for name in _STATE[1:5]:
+        for name in _RINGS:
             setattr(self, name, torch.zeros(num_classes, dtype=torch.int64, device=device))
-        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        for name in ("step", "refused"):
+            setattr(self, name, torch.zeros((), dtype=torch.int64, device=device))
 
     def extra_repr(self) -> str:
         return (
@@ -135,13 +142,16 @@ class MemoryBank(nn.Module):
 
         Sharded: the slots of this rank's share, class by class.
         """
-        slot = torch.arange(self.first_slot, self.last_slot, device=self.storage.device)
-        in_pixels = slot < self.pixel_count.unsqueeze(1)
+        return self.storage.flatten(0, 1), self._labels(self.pixel_count, self.region_count)
+
+    def _labels(self, pixel_count: Tensor, region_count: Tensor) -> Tensor:
+        """The class of each slot that is here [C·(P + R)], -1 where these counts leave it empty."""
+        slot = torch.arange(self.first_slot, self.last_slot, device=pixel_count.device)
+        in_pixels = slot < pixel_count.unsqueeze(1)
         region = slot - self.pixel_queue_size
-        in_regions = (region >= 0) & (region < self.region_count.unsqueeze(1))
+        in_regions = (region >= 0) & (region < region_count.unsqueeze(1))
         classes = torch.arange(self.num_classes, device=slot.device).unsqueeze(1)
-        labels = torch.where(in_pixels | in_regions, classes, -1)
-        return self.storage.flatten(0, 1), labels.flatten()
+        return torch.where(in_pixels | in_regions, classes, -1).flatten()
 
     def segments(self) -> Tensor:
         """Where the filled slots lie: [C, 2, 2] int64, first key and how many, of pixels and regions."""
@@ -175,7 +185,8 @@ class MemoryBank(nn.Module):
         """Store random pixels and the region of every class of every image, and advance `step`.
 
         Images count in batch order, those of several ranks in rank order. Pixels are stored as they
-        are, regions with unit length; a vector that is not finite is not stored, and takes no slot.
+        are, regions with unit length; a vector that is not finite is not stored, takes no slot and is
+        counted in `refused`.
 
         Raises TypeError or ValueError, before anything is written, for tensors of the wrong type,
         shape or device and, on a CPU, for labels outside the classes.
@@ -239,27 +250,30 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def _write_reference(self, embeddings: Tensor, labels: Tensor, seed: Tensor) -> None:
-        rings = (self.pixel_count, self.pixel_next, self.region_count, self.region_next)
-        reference.update_bank(
+        refused = reference.update_bank(
             self.storage,
-            *rings,
+            *(getattr(self, name) for name in _RINGS),
             self.pixel_queue_size,
             embeddings,
             labels,
             self.pixels_per_image,
             seed,
         )
+        self.refused.add_(refused)
         self.step.add_(1)
 
     @torch.no_grad()
     def _store(self, entries: Entries) -> None:
-        p = self.pixel_queue_size
-        pixel_ring = (0, p, self.pixel_count, self.pixel_next)
-        region_ring = (p, self.region_queue_size, self.region_count, self.region_next)
-        for rows, ring in zip(entries, (pixel_ring, region_ring), strict=True):
+        for rows, ring in zip(entries, self._rings(), strict=True):
             if rows is not None and rows.classes.numel():
                 self._push(rows, *ring)
         self.step.add_(1)
+
+    def _rings(self) -> tuple[Ring, Ring]:
+        """The pixel queue and the region queue; their counts are the bank's own."""
+        p, r = self.pixel_queue_size, self.region_queue_size
+        pixels = Ring(0, p, self.pixel_count, self.pixel_next)
+        return pixels, Ring(p, r, self.region_count, self.region_next)
 
     def _push(
         self,
@@ -272,7 +286,10 @@ class MemoryBank(nn.Module):
         """Append rows to the rings of their classes, in order."""
         classes, rows = entries
         # the largest magnitude is nan or inf if any value is: two passes instead of five
-        stored = (classes >= 0) & rows.abs().amax(1).isfinite()
+        finite = rows.abs().amax(1).isfinite()
+        used = classes >= 0
+        stored = used & finite
+        self.refused.add_((used != stored).sum())
         classes = classes.clamp(min=0)
         added = torch.zeros_like(count).scatter_add_(0, classes, stored.long())
         place = stored.long().cumsum(0) - 1 - (added.cumsum(0) - added).gather(0, classes)
@@ -296,6 +313,35 @@ class MemoryBank(nn.Module):
         filler = torch.where(some, rows.index_select(0, leader), flat.narrow(0, 0, 1))
         flat.index_put_((target,), torch.where(stored.unsqueeze(1), rows, filler))
 
+    @torch.no_grad()
+    def resize(self, pixel_queue_size: int, region_queue_size: int) -> None:
+        """Give both queues another size; of every class the newest entries stay, in their order.
+
+        Several ranks call it together; a sharded bank is brought together on every rank and cut anew. The
+        memory is another one: CUDA graphs have to be captured again.
+        """
+        checks.integer("pixel_queue_size", pixel_queue_size, 0)
+        checks.integer("region_queue_size", region_queue_size, 0)
+        whole = self.storage
+        if self.sharded:
+            # shares but the last ones are of one size: what those lack comes behind all slots
+            share = -(-self.slots // self.ranks.size)
+            own = pad(whole.transpose(0, 1), (0, 0, 0, 0, 0, share - whole.shape[1]))
+            whole = self.ranks.gather(own)[: self.slots].transpose(0, 1)
+        sizes = (pixel_queue_size, region_queue_size)
+        parts = [
+            bank_state.newest(whole, ring, size)
+            for ring, size in zip(self._rings(), sizes, strict=True)
+        ]
+        self.pixel_queue_size, self.region_queue_size = sizes
+        self.slots = sum(sizes)
+        self.first_slot, self.last_slot = (
+            self.ranks.share(self.slots) if self.sharded else (0, self.slots)
+        )
+        whole = torch.cat([slots for slots, _, _ in parts], 1)
+        self.storage = whole[:, self.first_slot : self.last_slot].clone()
+        (_, self.pixel_count, self.pixel_next), (_, self.region_count, self.region_next) = parts
+
     def reset(self) -> None:
         """Empty both queues and start again at step 0."""
         for name in _STATE:
@@ -316,29 +362,38 @@ class MemoryBank(nn.Module):
             destination[prefix + name] = getattr(self, name)
         if self.sharded:
             destination[prefix + "storage"] = self.ranks.whole(self.storage, 1, self.slots)
+        sizes = (self.pixel_queue_size, self.region_queue_size)
+        for name, value in bank_state.header(*sizes, self.storage.device).items():
+            destination[prefix + name] = value
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
     ) -> None:
-        own = {prefix + name for name in _STATE}
+        names = (*_STATE, "version", "queue_sizes")
+        own = {prefix + name for name in names}
         others = {key: value for key, value in state_dict.items() if key not in own}
         super()._load_from_state_dict(
             others, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
         )
-        found = {name: state_dict[prefix + name] for name in _STATE if prefix + name in state_dict}
+        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        missing_keys.extend(prefix + name for name in names if name not in found)
+        errors.extend(prefix + error for error in self._take(found))
+
+    def _take(self, found: dict[str, Tensor]) -> list[str]:
+        """Take a state over whole, or nothing of it and say what speaks against it."""
         shapes = {name: getattr(self, name).shape for name in _STATE}
         shapes["storage"] = torch.Size((self.num_classes, self.slots, self.embedding_dim))
-        missing_keys.extend(prefix + name for name in _STATE if name not in found)
-        wrong = [
-            f"{prefix + name}: expected shape {list(shapes[name])}, got {checks.describe(value)}"
-            for name, value in found.items()
-            if not isinstance(value, Tensor) or value.shape != shapes[name]
-        ]
-        errors.extend(wrong)
-        # a bank of another size is refused whole, never taken in part
+        wrong = bank_state.errors(found, shapes, self.pixel_queue_size, self.region_queue_size)
+        if wrong:
+            return wrong
+        state = {name: getattr(self, name) for name in _STATE} | found
+        part = (1, self.first_slot, self.last_slot)
+        storage = (
+            self.ranks.own_part(state["storage"], *part) if "storage" in found else self.storage
+        )
+        labels = self._labels(state["pixel_count"], state["region_count"])
+        wrong = bank_state.storage_errors(storage, labels, self.storage.dtype)
         if not wrong:
-            if "storage" in found:
-                part = (1, self.first_slot, self.last_slot)
-                found["storage"] = self.ranks.own_part(found["storage"], *part)
-            for name, value in found.items():
-                getattr(self, name).copy_(value)
+            for name in _STATE:
+                getattr(self, name).copy_(storage if name == "storage" else state[name])
+        return wrong

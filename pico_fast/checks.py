@@ -14,11 +14,11 @@ def describe(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def _is_integer_dtype(dtype: torch.dtype) -> bool:
-    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
-
-
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# named one by one: a quantized dtype is neither floating nor complex, and no number of a class
+INTEGER = tuple(
+    getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)
+)
 
 
 def tensor(name: str, value: object, layout: str, kind: str) -> Tensor:
@@ -33,7 +33,7 @@ def tensor(name: str, value: object, layout: str, kind: str) -> Tensor:
             f"{name}: expected a {expected} (float32, bfloat16, float16, float64),"
             f" got {describe(value)}"
         )
-    if kind == "integer" and not _is_integer_dtype(value.dtype):
+    if kind == "integer" and value.dtype not in INTEGER:
         raise TypeError(f"{name}: expected a {expected}, got {describe(value)}")
     if value.dim() != layout.rpartition("[")[2].count(",") + 1:
         raise ValueError(f"{name}: expected a {expected}, got {describe(value)}")

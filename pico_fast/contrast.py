@@ -21,10 +21,13 @@ Keys of a bank carry no gradient, so the backward is a scale of a saved matrix; 
 (in batch) a second pass makes theirs.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from pico_fast import checks, contrast_any, contrast_cpu, contrast_selected, reference
+from pico_fast.finite import finite_anchors
 from pico_fast.selection import check_pairs, check_sampling, product_dtype
 from pico_fast.synthesis import Synthesis, check_synthesis
 
@@ -149,6 +152,7 @@ class _Contrast(torch.autograd.Function):
     ):
         ops = torch.ops.pico_fast
         wants_anchors, wants_keys = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        anchor_labels, spoiled = finite_anchors(anchors, anchor_labels)
         pairs = (anchors, anchor_labels, keys, key_labels)
         chosen = None
         if sampling != "all":
@@ -172,6 +176,9 @@ class _Contrast(torch.autograd.Function):
                 anchors, keys, *chosen, *mixed, temperature, wants_anchors
             )
         loss, lse, positive_count, similar, away, gradient = found
+        loss = loss.masked_fill(spoiled, math.nan)
+        if wants_anchors:
+            gradient = gradient.masked_fill(spoiled.unsqueeze(1), math.nan)
 
         ctx.in_batch = keys is None and wants_anchors
         ctx.temperature = temperature
@@ -243,6 +250,7 @@ def contrast_rows(
         return _Contrast.apply(*pairs, seed, temperature, *choice, mixes, segments)
     pairs = (anchors, anchor_labels, keys, key_labels)
     loss, counted = reference.contrast(*pairs, temperature, *choice, mixes, seed)
+    pairs = (anchors, finite_anchors(anchors, anchor_labels)[0], keys, key_labels)
     chosen = reference.select_keys(*pairs, *choice, seed)
     similar, away = (
         products.sum(1) / (index >= 0).sum(1).clamp(min=1)
@@ -288,10 +296,12 @@ def contrast(
         A scalar, or [A] for "none" with 0 where an anchor has no positive or no negative: float32, or
         float64 where an input is float64. Products are made in the keys' dtype where the hardware
         multiplies it, in float32 otherwise; sums always in float32 or better. Without any anchor the
-        loss is 0, on the graph.
+        loss is 0, on the graph. An anchor that holds a nan or an infinity has a loss and a gradient of
+        nan, and leaves those of the others as they are; in batch it is no key.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+        TypeError, ValueError: an argument of the wrong type, shape, device or range, or, on a CPU, keys in
+            use that are not finite (elsewhere the anchors that are compared with them get nan).
 
     Source: Wang et al., ICCV 2021, equation 3; PiCo, TPAMI 2024.
     """

@@ -88,7 +88,7 @@ def _negatives(scene: _Scene, want_mean: bool) -> _Negatives:
         if want_mean:
             mean = torch.addmm(mean * fade[:, None], p, tile)
         top = new_top
-    lse = torch.where(total > 0, total.log() + top, -math.inf)
+    lse = torch.where(total == 0, -math.inf, total.log() + top)  # a key of nan makes it nan
     mean = mean / total.clamp(min=torch.finfo(dtype).tiny)[:, None]
     return _Negatives(lse, mean, away, n_negative)
 

@@ -144,7 +144,7 @@ def _negatives(
             mean += torch.mm(p, tile_keys, out=product)
     lse = total.log()
     if shifted:
-        lse = torch.where(total > 0, lse + top, -math.inf)
+        lse = torch.where(total == 0, -math.inf, lse + top)  # a key of nan makes it nan
     return lse, mean.div_(total.clamp(min=torch.finfo(dtype).tiny)[:, None])
 
 

@@ -71,14 +71,17 @@ class PiCoLoss(nn.Module):
         stats: device tensors of the last forward: "anchors" (slots in use), "hard_anchors" (share of
             them whose prediction is wrong), "positive_similarity" and "negative_similarity" (mean inner
             product with what the anchors are compared with), "pixel_fill" and "region_fill" (share of
-            the bank's slots in use before the batch). Reading one waits for the device; keeping them
-            does not.
+            the bank's slots in use before the batch) and "refused" (vectors that the bank has not taken
+            because they were not finite, this batch's among them). Reading one waits for the device;
+            keeping them does not.
 
     `criterion(embeddings, labels, logits)` takes embeddings [B, D, H, W] (float32, bfloat16, float16 or
     float64, unit length along D), labels [B, h, w] of any integer dtype and logits [B, C, h', w'],
     integer predictions [B, h', w'] or None, and returns a scalar: float32, or float64 for float64
     embeddings. The anchors are compared with the bank as it was before the batch; in training the
-    batch is then stored and `step` advances. The value has a floor far above 0: watch the similarities.
+    batch is then stored and `step` advances. An embedding that holds a nan or an infinity makes the loss
+    nan where it is an anchor, but no gradient of another pixel, and the bank refuses it. The value has a
+    floor far above 0: watch the similarities.
 
     Several ranks call it equally often, in eval as well, each with its own batch, an empty one if need be.
     The value is N times the sum over this rank's anchors divided by the number of all ranks' anchors
@@ -126,8 +129,6 @@ class PiCoLoss(nn.Module):
         check_sizes(max_samples, max_views, min_pixels, easy)
         check_synthesis(synthesis)
         checks.floating_dtype("bank_dtype", bank_dtype)
-        if bank_dtype not in checks.FLOATING:
-            raise TypeError(f"bank_dtype: expected one of {checks.FLOATING}, got {bank_dtype!r}")
         self.selection = (sampling, num_positives, num_negatives, float(hard_fraction))
         self.sizes = (max_samples, max_views, min_pixels)
         self.easy = easy
@@ -222,6 +223,7 @@ class PiCoLoss(nn.Module):
         if self.training:
             write()
             self.step.add_(1)
+        self.stats["refused"] = bank.refused.clone()
         return loss if embeddings.dtype == torch.float64 else loss.float()
 
     @torch.no_grad()

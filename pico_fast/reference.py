@@ -10,9 +10,10 @@ selected or synthesised negatives N_i:
     loss_i = mean_{p in P_i} softplus(Z_i - s_ip)
 
 Every positive has a denominator of its own: itself plus all negatives. Without a positive the loss
-is 0 and the anchor is not counted; without a negative it is 0 and counted. The bank carries no
-gradient and unit rows bound |s| by 1/temperature, so a fast path needs one pass over the negatives:
-with w_ip = sigmoid(Z_i - s_ip) and q_i = mean_p w_ip,
+is 0 and the anchor is not counted; without a negative it is 0 and counted. Loss and gradient of an
+anchor that is not finite are nan; it is no key of others. The bank carries no gradient and unit rows
+bound |s| by 1/temperature, so a fast path needs one pass over the negatives: with
+w_ip = sigmoid(Z_i - s_ip) and q_i = mean_p w_ip,
 
     temperature dL_i/da_i = q_i sum_n softmax_n(s_in) k_n - mean_p w_ip k_p
 
@@ -130,11 +131,8 @@ def sample_anchors(
     """
     flat = labels.flatten()
     image_size = labels[0].numel() if len(labels) else 1
-    pair_of_pixel = torch.where(
-        flat >= 0,
-        torch.arange(len(flat), device=flat.device) // image_size * num_classes + flat,
-        -1,
-    )
+    image = torch.arange(len(flat), device=flat.device) // image_size
+    pair_of_pixel = torch.where(flat >= 0, image * num_classes + flat, -1)
     pairs, counts = pair_of_pixel[flat >= 0].unique(return_counts=True)
     pairs = pairs[counts >= min_pixels]
     if len(pairs) > max_samples:
@@ -190,19 +188,15 @@ def _select_row(
     n = len(candidates)
     picked = torch.arange(n, device=candidates.device)
     if sampling == "random" and n > count:
-        picked = permute(picked[:count], torch.full_like(picked[:1], n), seed, stream, row).sort()[
-            0
-        ]
+        picked = permute(picked[:count], picked.new_tensor(n), seed, stream, row).sort()[0]
     if sampling == "hardest":
         picked = hardness.argsort(descending=True, stable=True)[:count].sort()[0]
     if sampling == "semi_hard":
-        pool = hardness.argsort(descending=True, stable=True)[
-            : max(1, math.ceil(hard_fraction * n))
-        ]
+        pool_size = max(1, math.ceil(hard_fraction * n))
+        pool = hardness.argsort(descending=True, stable=True)[:pool_size]
         lot = hash32(seed, stream, row, candidates[pool])
         picked = pool[lot.argsort()[:count]].sort()[0]
-    picked = picked[hardness[picked].argsort(descending=True, stable=True)]
-    return candidates[picked]
+    return candidates[picked[hardness[picked].argsort(descending=True, stable=True)]]
 
 
 def select_keys(
@@ -309,6 +303,10 @@ def contrast(
 ) -> tuple[Tensor, Tensor]:
     """Loss [A] of each anchor and whether it counts in the mean [A]: it has a positive."""
     in_batch = keys is None
+    spoiled = (anchor_labels >= 0) & ~anchors.isfinite().all(1)
+    factor = torch.where(spoiled, math.nan, 0.0)[:, None]
+    lost = (anchors.masked_fill(~spoiled[:, None], 0.0) * factor).sum(1)
+    anchor_labels = anchor_labels.masked_fill(spoiled, -1)
     keys, key_labels = (anchors, anchor_labels) if in_batch else (keys, key_labels)
     anchors, keys = _precise(anchors, keys)
     # an empty slot may hold anything; 0 x nan would still be nan in the gradient
@@ -327,11 +325,9 @@ def contrast(
     s = anchors @ keys.T / temperature
     terms = s.masked_fill(~negative, -math.inf)
     if mixes is not None:
-        pool_index = (
-            found[1][:, : mixes[2]]
-            if sampling != "all"
-            else select_keys(*choice, "hardest", 1, mixes[2], hard_fraction, seed)[1]
-        )
+        if sampling == "all":
+            found = select_keys(*choice, "hardest", 1, mixes[2], hard_fraction, seed)
+        pool_index = found[1][:, : mixes[2]]
         if len(keys):
             mixed, exists = synthesise(anchors, keys, pool_index, *mixes[:2], seed)
             of_mixes = (mixed @ anchors[..., None])[..., 0] / temperature
@@ -341,7 +337,7 @@ def contrast(
     z = terms.masked_fill(~has_negative[:, None], 0.0).logsumexp(1)
     each = softplus(z[:, None] - s).masked_fill(~(positive & has_negative[:, None]), 0.0)
     n_positive = positive.sum(1)
-    return each.sum(1) / n_positive.clamp(min=1), n_positive > 0
+    return each.sum(1) / n_positive.clamp(min=1) + lost, n_positive > 0
 
 
 def region_pool(
@@ -372,20 +368,23 @@ def update_bank(
     labels: Tensor,  # [B, H, W] int64, -1 left out
     pixels_per_image: int,
     seed,
-) -> None:
+) -> int:
     """Write a batch into the bank, in place: random pixels and the mean of every class of every image.
 
     Images in batch order, a class's pixels in the order of their hash; each ring overwrites its
-    oldest entry. A vector that is not finite is not stored.
+    oldest entry. A vector that is not finite is not stored; returns how many were not.
     """
-    region_queue_size = storage.shape[1] - pixel_queue_size
+    region_queue_size, refused = storage.shape[1] - pixel_queue_size, 0
 
     def push(row: Tensor, c: int, first: int, size: int, count: Tensor, next_: Tensor) -> None:
+        nonlocal refused
         row = row.to(storage.dtype)
         if size and row.isfinite().all():
             storage[c, first + next_[c]] = row
             next_[c] = (next_[c] + 1) % size
             count[c] = min(int(count[c]) + 1, size)
+        elif size:
+            refused += 1
 
     image_size = labels[0].numel() if len(labels) else 0
     means, _ = region_pool(embeddings, labels, len(storage))
@@ -398,3 +397,4 @@ def update_bank(
                 push(row, c, 0, pixel_queue_size, pixel_count, pixel_next)
             region = normalize(means[b, c], dim=0)
             push(region, c, pixel_queue_size, region_queue_size, region_count, region_next)
+    return refused

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pico_fast import checks, reference
 from pico_fast.class_order import labels_of_segments
+from pico_fast.finite import check_keys, finite_anchors
 from pico_fast.picked import pick_keys, rank_keys
 
 SAMPLINGS = ("all", "random", "hardest", "semi_hard")
@@ -272,7 +273,9 @@ def check_pairs(
     checks.tensor("key_labels", key_labels, "[K]", "integer")
     checks.size("key_labels", key_labels, 0, keys.shape[0], "that of keys")
     checks.same_device("key_labels", key_labels, "anchors", anchors)
-    return anchor_labels.long(), key_labels.long()
+    key_labels = key_labels.long()
+    check_keys(keys, key_labels)
+    return anchor_labels.long(), key_labels
 
 
 def select_keys(
@@ -305,10 +308,12 @@ def select_keys(
         impl: None or "reference".
 
     Returns:
-        SelectedKeys: indices into keys, hardest first, -1 behind the last, and inner products.
+        SelectedKeys: indices into keys, hardest first, -1 behind the last, and inner products. An anchor
+        that holds a nan or an infinity selects nothing and, in batch, is selected by none.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+        TypeError, ValueError: an argument of the wrong type, shape, device or range, or, on a CPU, keys in
+            use that are not finite.
 
     Source: PiCo, TPAMI 2024, hard example sampling; Wang et al., ICCV 2021, section 3.2.
     """
@@ -319,7 +324,7 @@ def select_keys(
         select = reference.select_keys
     found = select(
         anchors.detach(),
-        anchor_labels,
+        finite_anchors(anchors, anchor_labels)[0],
         None if keys is None else keys.detach(),
         key_labels,
         sampling,

@@ -21,6 +21,7 @@ from torch.nn.functional import softplus
 from pico_fast import shard_picks
 from pico_fast.bank import Share
 from pico_fast.contrast_any import merge_mixes
+from pico_fast.finite import finite_anchors
 from pico_fast.picked import weighted_rows
 from pico_fast.selection import product_dtype
 from pico_fast.shard_picks import Anchors, Picks
@@ -179,6 +180,7 @@ def _contrast(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     ranks, dtype = share.ranks, product_dtype(anchors, share.keys)
     n = anchors.shape[0]
+    anchor_labels, spoiled = finite_anchors(anchors, anchor_labels)
     # an empty slot may hold anything
     anchors = anchors.masked_fill(anchor_labels[:, None] < 0, 0.0)
     own = slice(ranks.rank * n, (ranks.rank + 1) * n)
@@ -205,8 +207,10 @@ def _contrast(
     gradient = loss.new_zeros(0)
     if want_gradient:
         gradient = (weight[:, None] * mean - columns[:, 3:]) * (part[:, None] / temperature)
+        gradient = gradient.masked_fill(spoiled[:, None], math.nan)
     similar = similar / n_positive.clamp(min=1)
-    return loss * part, counted, similar, away / n_negative.clamp(min=1), gradient
+    loss = (loss * part).masked_fill(spoiled, math.nan)
+    return loss, counted, similar, away / n_negative.clamp(min=1), gradient
 
 
 def contrast_sharded(

@@ -108,6 +108,7 @@ def test_rows_that_are_not_finite_take_no_slot():
         assert (counts - bank.pixel_count).tolist() == [1, 0, 1, 0]
         present = torch.stack([(labels == c).flatten(1).any(1).sum() for c in range(4)])
         assert (present - bank.region_count).tolist() == [1, 0, 1, 0]
+        assert bank.refused == 4
 
 
 def test_pixels_are_drawn_equally_often_and_another_step_draws_others():
@@ -147,7 +148,7 @@ def test_state_goes_around_and_another_size_is_refused_whole():
         b.enqueue(*batch(3, 4, 1))
     assert all(torch.equal(a, b) for a, b in zip(*_states(bank, other), strict=True))
     smaller = make(pixels=12)
-    with pytest.raises(RuntimeError, match=r"storage: expected shape \[4, 16, 6\]"):
+    with pytest.raises(RuntimeError, match=r"queue_sizes: expected \[12, 4\] .*, got \[13, 4\]"):
         smaller.load_state_dict(state)
     assert not smaller.storage.any() and smaller.step == 0
     del state["pixel_next"]

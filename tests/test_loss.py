@@ -139,10 +139,11 @@ def test_logits_of_any_resolution_integer_predictions_or_none():
             return x, labels, change(logits)
 
         criterion = make()
-        return [*train(criterion, of=of), *criterion.stats.values()]
+        # the last is the share of hard anchors
+        return [*train(criterion, of=of), criterion.stats["hard_anchors"]]
 
     expected = after(lambda z: z)
-    assert 0 < expected[-5] < 1
+    assert 0 < expected[-1] < 1
     assert same_bits(after(lambda z: z.argmax(1)), expected)
     assert same_bits(after(lambda z: z.argmax(1).to(torch.uint8)), expected)
     assert same_bits(after(lambda z: z.repeat_interleave(3, 2).repeat_interleave(2, 3)), expected)
@@ -151,7 +152,7 @@ def test_logits_of_any_resolution_integer_predictions_or_none():
         after(lambda z: z[..., ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3)),
     )
     without = after(lambda z: None)
-    assert without[-5] == 0 and not torch.equal(without[2], expected[2])
+    assert without[-1] == 0 and not torch.equal(without[2], expected[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -271,7 +272,7 @@ def test_a_bank_of_another_size_is_refused_whole(options):
     words = {"num_classes": CLASSES, "pixel_queue_size": 24, "region_queue_size": 5} | options
     other = pico_fast.PiCoLoss(embedding_dim=DIM, **words)
     before = copy.deepcopy(other.bank)
-    with pytest.raises(RuntimeError, match=r"bank\.storage"):
+    with pytest.raises(RuntimeError, match=r"bank\.(storage|queue_sizes): expected"):
         other.load_state_dict(trained.state_dict())
     assert same_state(other.bank, before)
     state = trained.state_dict()

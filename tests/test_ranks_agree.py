@@ -305,3 +305,27 @@ def test_wrong_ranks_are_named(monkeypatch):
 
     with pytest.raises(ValueError, match=r"^placement: expected the 1 ranks"):
         virtual_ranks.run(2, grown, monkeypatch)
+
+
+@pytest.mark.parametrize("sizes", ((33, 7), (9, 2), (1, 0)))
+@pytest.mark.parametrize("n", (2, 3))
+def test_a_sharded_bank_gets_the_size_that_a_whole_one_gets(n, sizes, monkeypatch):
+    def work(rank):
+        criterion = make(sampling="all", placement="sharded")
+        for step in range(3):
+            step_of(criterion, *batches(step, n)[rank])
+        criterion.bank.resize(*sizes)
+        return criterion, step_of(criterion, *batches(3, n)[rank])
+
+    found = virtual_ranks.run(n, work, monkeypatch)
+    alone = make(sampling="all", max_samples=n * EVERY["max_samples"], max_views=SIZE * SIZE)
+    for step in range(3):
+        step_of(alone, *joined(batches(step, n)))
+    alone.bank.resize(*sizes)
+    loss, _ = step_of(alone, *joined(batches(3, n)))
+    losses = torch.stack([loss for _, (loss, _) in found])
+    torch.testing.assert_close(losses.mean(), loss, rtol=1e-5, atol=1e-6)
+    for rank, (criterion, _) in enumerate(found):
+        part = alone.bank.storage.chunk(n, 1)
+        part = part[rank] if rank < len(part) else alone.bank.storage[:, :0]
+        torch.testing.assert_close(criterion.bank.storage, part, rtol=1e-5, atol=1e-6)
