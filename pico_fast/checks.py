@@ -37,7 +37,18 @@ def tensor(name: str, value: object, layout: str, kind: str) -> Tensor:
         raise TypeError(f"{name}: expected a {expected}, got {describe(value)}")
     if value.dim() != layout.rpartition("[")[2].count(",") + 1:
         raise ValueError(f"{name}: expected a {expected}, got {describe(value)}")
+    if kind == "floating" and not torch.compiler.is_compiling():
+        no_tangent(name, value)
     return value
+
+
+def no_tangent(name: str, value: Tensor) -> None:
+    """Raise in forward-mode differentiation: some ops would drop the tangent without a word."""
+    if torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{name}: expected a tensor without a tangent: forward-mode differentiation is not"
+            " supported, backward() is"
+        )
 
 
 def size(name: str, value: Tensor, dim: int, expected: int, why: str) -> None:
@@ -105,6 +116,15 @@ def flag(name: str, value: object) -> None:
     """Raise unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+
+
+def first_order(name: str) -> None:
+    """Raise where a backward is recorded: to differentiate it again would take it for a constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name}: expected a backward without create_graph=True; the gradient is made in the"
+            " forward and cannot be differentiated again (impl='reference' can)"
+        )
 
 
 def implementation(value: object) -> bool:

@@ -197,8 +197,8 @@ class _Contrast(torch.autograd.Function):
         return loss, counted, similar, away
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
+        checks.first_order("contrast")
         gradient, *second_pass = ctx.saved_tensors
         grad_anchors = grad_keys = None
         if ctx.needs_input_grad[0]:

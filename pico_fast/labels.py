@@ -81,7 +81,9 @@ def labels_on_grid(
     devices, where the check would synchronise, such pixels are left out.
     """
     if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):
-        labels = labels.long()  # torch has few kernels for these
+        wide = labels.long()  # torch has few kernels for these
+        # what int64 cannot hold is a label beyond all classes, not a negative one
+        labels = torch.where(wide < 0, torch.iinfo(torch.int64).max, wide)
     return torch.ops.pico_fast.labels_on_grid.default(
         labels, height, width, num_classes, ignore_index
     )

@@ -316,11 +316,11 @@ class JointLoss(nn.Module):
         full = labels_on_grid(labels, *labels.shape[1:], logits.shape[1], ignore_index)
         contrast = self.criterion(embeddings, labels, logits)
         # a tensor, not a branch: the end of the warm-up recompiles nothing
-        weight = self.weight * (self.step >= self.warmup_steps)
+        contrast = contrast * (self.step >= self.warmup_steps)
         if self.training:
             self.step.add_(1)
         full = torch.where(full < 0, ignore_index, full)
-        return self._segmentation(logits, full, ignore_index) + weight * contrast
+        return self._segmentation(logits, full, ignore_index) + self.weight * contrast
 
     def _segmentation(
         self,

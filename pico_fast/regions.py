@@ -137,6 +137,24 @@ def _backward(ctx, grad_means, _):
 torch.library.register_autograd("pico_fast::region_pool", _backward, setup_context=_setup_context)
 
 
+def _setup_second(ctx, inputs, output):
+    _, labels, counts, *_ = inputs
+    ctx.save_for_backward(labels)
+    ctx.num_classes = counts.shape[1]
+
+
+def _second(ctx, grad):
+    # the gradient of a mean is linear in what comes back, and its transpose is the mean again
+    (labels,) = ctx.saved_tensors
+    means, _ = torch.ops.pico_fast.region_pool.default(grad, labels, ctx.num_classes)
+    return means, None, None, None, None
+
+
+torch.library.register_autograd(
+    "pico_fast::region_pool_backward", _second, setup_context=_setup_second
+)
+
+
 def pool_regions(
     features: Tensor,  # [B, D, H, W]
     labels: Tensor,  # [B, H, W] int64, values outside [0, num_classes) left out
@@ -165,7 +183,7 @@ def region_pool(
 
     Returns:
         means [B, C, D] in the features' dtype, summed in float32 (float64 for float64), 0 where a
-        class has no pixel; differentiable. counts [B, C] int64, pixels of each class.
+        class has no pixel; differentiable, any number of times. counts [B, C] int64, pixels of each class.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or, on a CPU,

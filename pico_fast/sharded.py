@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pico_fast import shard_picks
+from pico_fast import checks, shard_picks
 from pico_fast.bank import Share
 from pico_fast.contrast_any import merge_mixes
 from pico_fast.finite import finite_anchors
@@ -161,8 +161,8 @@ class _Saved(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
+        checks.first_order("contrast")
         (gradient,) = ctx.saved_tensors
         return (gradient * grad_loss[:, None]).to(ctx.dtype), None, None
 
