@@ -78,7 +78,8 @@ PICO_FAST_INLINE inline void measure(const X* x, const Y* y, const S* anchor, in
   mix.norm = std::max(std::sqrt(mm), static_cast<S>(kShortestNorm));
   mix.product = product / mix.norm;
   const S longer = std::sqrt(std::max(xx, yy));
-  if (!(std::sqrt(mm) > static_cast<S>(kShortestMix) * longer))
+  if (!(std::sqrt(mm) >
+        std::max(static_cast<S>(kShortestMix) * longer, static_cast<S>(kShortestNorm))))
     mix.product = -std::numeric_limits<S>::infinity();
 }
 
@@ -157,6 +158,9 @@ std::tuple<Tensor, Tensor> mix_negatives(const Tensor& anchors_, const std::opti
                       anchors.size(1) == keys.size(1) && anchors.size(0) == pool_index.size(0),
                   "expected anchors [A, D], keys [K, D] and pool_index [A, pool]");
   const int64_t A = anchors.size(0), D = anchors.size(1), width = pool_index.size(1);
+  STD_TORCH_CHECK(negative_negative >= 0 && negative_negative <= UINT32_MAX &&
+                      negative_anchor >= 0 && negative_anchor <= UINT32_MAX,
+                  "mixes: expected 0 to 2^32 - 1");
   const int64_t* picked = checked_index(pool_index, keys.size(0));
   const uint32_t state = fold_seed(seed);
   const Counts counts{negative_negative, negative_anchor};

@@ -113,8 +113,9 @@ def mix_kernel(
         mixed = g[:, None] * x + (1.0 - g)[:, None] * y
         norm = tl.sqrt(tl.sum(mixed * mixed, 1))
         longer = tl.sqrt(tl.maximum(tl.sum(x * x, 1), tl.sum(y * y, 1)))
-        there = there & (norm > shortest * longer)
-        norm = tl.where(there, tl.maximum(norm, 1e-12), 1.0)
+        # 1e-12: what torch.nn.functional.normalize divides by at least
+        there = there & (norm > tl.maximum(shortest * longer, 1e-12))
+        norm = tl.where(there, norm, 1.0)
         s = tl.where(there, tl.sum(mixed * a[None, :], 1) / norm * scale, float("-inf"))
         new = tl.maximum(top, tl.max(s, 0))
         safe = tl.where(new == float("-inf"), 0.0, new)

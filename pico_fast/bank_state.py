@@ -50,13 +50,14 @@ def errors(
 
 
 def _header_errors(found: dict[str, object], pixels: int, regions: int) -> Iterator[str]:
-    version, sizes = found.get("version"), found.get("queue_sizes")
-    if _known(version) and version.tolist() != VERSION:
-        yield f"version: expected {VERSION}, got {version.tolist()}: a later pico_fast wrote this state"
-    elif _known(sizes) and sizes.tolist() != [pixels, regions]:
+    version, sizes = found.get("version", VERSION), found.get("queue_sizes", [pixels, regions])
+    version, sizes = (x.tolist() if _known(x) else x for x in (version, sizes))
+    if version != VERSION and not isinstance(version, Tensor):
+        yield f"version: expected {VERSION}, got {version!r}: a later pico_fast wrote this state"
+    elif sizes != [pixels, regions] and not isinstance(sizes, Tensor):
         yield (
-            f"queue_sizes: expected {[pixels, regions]} (pixel, region), got {sizes.tolist()}; load the"
-            " state into a bank of its own size, then `bank.resize(...)`"
+            f"queue_sizes: expected {[pixels, regions]} (pixel, region), got {sizes!r}; load the state"
+            " into a bank of its own size, then `bank.resize(...)`"
         )
 
 

@@ -116,7 +116,7 @@ def _positives(
         positive, _ = _masks(anchor_labels, key_labels, in_batch, first)
         tile, s = _tile(queries, keys, key_labels, first)
         above = (lse[:, None] - s).masked_fill_(~positive, -math.inf)
-        loss += softplus(above).sum(1)
+        loss += softplus(above, threshold=40.0).sum(1)
         similar += s.masked_fill(~positive, 0.0).sum(1)
         n_positive += positive.sum(1)
         if want_pull:

@@ -249,7 +249,7 @@ def _positives(
         if layout.in_batch:
             above.fill_diagonal_(-math.inf)
             s.fill_diagonal_(0.0)
-        loss[rows] += softplus(above).sum(1)
+        loss[rows] += softplus(above, threshold=40.0).sum(1)
         similar[rows] += s.sum(1)
         if want_pull:
             w = above.sigmoid_()

@@ -31,8 +31,11 @@ def _weights(
     w = torch.sigmoid(lse - positive_similarity / temperature).masked_fill(~chosen, 0.0)
     w = w / n_positive.clamp(min=1)[:, None]
     q = w.sum(1)
-    s = negative_similarity / temperature - lse
-    p = s.masked_fill((negative_index < 0) | ~usable[:, None], -math.inf).exp()
+    s = (negative_similarity / temperature).masked_fill(negative_index < 0, -math.inf)
+    # not exp(s - lse): float32 rounds s = 1e8 by whole numbers, and then those would not add up to 1. The
+    # share that mixes have is 0 to the bit where there are none
+    share = torch.exp(s.logsumexp(1, keepdim=True) - lse)
+    p = (s.softmax(1) * share).masked_fill((negative_index < 0) | ~usable[:, None], 0.0)
     return -w, p * q[:, None], q
 
 
@@ -59,7 +62,7 @@ def contrast_selected(
         lse = torch.logaddexp(lse, mix_lse)
     counted = (n_positive > 0) & (n_negative > 0)
     above = (lse[:, None] - positive_similarity / temperature).masked_fill(~chosen, -math.inf)
-    loss = softplus(above).sum(1) / n_positive.clamp(min=1)
+    loss = softplus(above, threshold=40.0).sum(1) / n_positive.clamp(min=1)
     loss = torch.where(counted, loss, 0.0)
     similar = positive_similarity.sum(1) / n_positive.clamp(min=1)
     away = negative_similarity.sum(1) / n_negative.clamp(min=1)

@@ -29,13 +29,13 @@ from torch.nn.functional import normalize, softplus
 
 # what is drawn; the number is part of every draw's counter
 ANCHOR_PAIR, ANCHOR_PIXEL, ANCHOR_EASY, BANK_PIXEL = 1, 2, 3, 4
-POSITIVE, NEGATIVE = 5, 6
+POSITIVE, NEGATIVE, STEP, SAMPLE = 5, 6, 12, 13
 MIX_FIRST, MIX_SECOND, MIX_SHARE, MIX_WITH_ANCHOR, MIX_ANCHOR_SHARE = 7, 8, 9, 10, 11
-STEP, SAMPLE = 12, 13
 
 WORD = 0xFFFFFFFF
-# a sum of two opposite rows has no direction: mixes shorter than this share of the longer are left out
-SHORTEST_MIX = 1e-2
+# a sum of two opposite rows has no direction: mixes shorter than this share of the longer, or than what
+# `normalize` divides by at least, are left out
+SHORTEST_MIX, SHORTEST_NORM = 1e-2, 1e-12
 
 
 def lowbias32(x):
@@ -130,8 +130,7 @@ def sample_anchors(
     Slots are filled from the front in the order (class, image, hard before easy, hash).
     """
     flat = labels.flatten()
-    image_size = labels[0].numel() if len(labels) else 1
-    image = torch.arange(len(flat), device=flat.device) // image_size
+    image = torch.arange(len(flat), device=flat.device) // max(1, labels[:1].numel())
     pair_of_pixel = torch.where(flat >= 0, image * num_classes + flat, -1)
     pairs, counts = pair_of_pixel[flat >= 0].unique(return_counts=True)
     pairs = pairs[counts >= min_pixels]
@@ -271,8 +270,9 @@ def synthesise(
     def mix(share: Tensor, x: Tensor, y: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
         share = share.to(x.dtype)[..., None]
         mixed = share * x + (1 - share) * y
-        longer = torch.maximum(x.norm(dim=-1), y.norm(dim=-1))
-        return normalize(mixed, dim=-1), exists & (mixed.norm(dim=-1) > SHORTEST_MIX * longer)
+        shortest = SHORTEST_MIX * torch.maximum(x.norm(dim=-1), y.norm(dim=-1))
+        exists = exists & (mixed.norm(dim=-1) > shortest.clamp(min=SHORTEST_NORM))
+        return normalize(mixed, dim=-1), exists
 
     draw = torch.arange(negative_negative, device=keys.device)
     first = below(hash32(seed, MIX_FIRST, row, draw), size)
@@ -335,7 +335,8 @@ def contrast(
     has_negative = (terms > -math.inf).any(1)
     # rows without a negative are computed from zeros and then dropped, which keeps nan out
     z = terms.masked_fill(~has_negative[:, None], 0.0).logsumexp(1)
-    each = softplus(z[:, None] - s).masked_fill(~(positive & has_negative[:, None]), 0.0)
+    usable = positive & has_negative[:, None]
+    each = softplus(z[:, None] - s, threshold=40.0).masked_fill(~usable, 0.0)
     n_positive = positive.sum(1)
     return each.sum(1) / n_positive.clamp(min=1) + lost, n_positive > 0
 
@@ -386,12 +387,11 @@ def update_bank(
         elif size:
             refused += 1
 
-    image_size = labels[0].numel() if len(labels) else 0
     means, _ = region_pool(embeddings, labels, len(storage))
     for b, image in enumerate(labels.flatten(1)):
         for c in image[image >= 0].unique().tolist():
             pixels = (image == c).nonzero()[:, 0]
-            order = hash32(seed, BANK_PIXEL, b * image_size + pixels).argsort()
+            order = hash32(seed, BANK_PIXEL, b * image.numel() + pixels).argsort()
             for pixel in pixels[order][:pixels_per_image]:
                 row = embeddings[b].flatten(1)[:, pixel]
                 push(row, c, 0, pixel_queue_size, pixel_count, pixel_next)

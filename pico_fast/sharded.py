@@ -42,7 +42,7 @@ def _of_picks(picks: Picks, keys: Tensor, temperature: float, want_mean: bool) -
     lse = s.logsumexp(1)
     mean = lse.new_zeros(0)
     if want_mean:
-        p = torch.exp(s - lse.clamp(min=torch.finfo(lse.dtype).min)[:, None])
+        p = s.softmax(1).masked_fill(picks.index < 0, 0.0)
         mean = weighted_rows(keys, picks.index, p)
     return _Negatives(lse, mean, picks.similarity.sum(1))
 
@@ -147,7 +147,7 @@ def _positives(
         above = above.masked_fill(picks.index < 0, -math.inf)
         w = torch.sigmoid(above)
         pull = weighted_rows(share.keys, picks.index, w) if want else lse.new_zeros(0)
-        sums = (softplus(above).sum(1), w.sum(1), picks.similarity.sum(1), pull)
+        sums = (softplus(above, threshold=40.0).sum(1), w.sum(1), picks.similarity.sum(1), pull)
     return share.ranks.start_sum_own(_columns(*sums))()
 
 

@@ -108,6 +108,8 @@ def at(index, value):
 
 BROKEN = {
     "a later version": ("version", torch.tensor(2), "a later pico_fast"),
+    "a version in words": ("version", "1", "version: expected 1, got '1'"),
+    "sizes in words": ("queue_sizes", "13, 4", "queue_sizes: expected"),
     "no number of a version": ("version", torch.tensor([1, 1]), "version: expected 1"),
     "as many slots, cut elsewhere": ("queue_sizes", torch.tensor([12, 5]), "queue_sizes"),
     "other classes": ("storage", lambda x: x[:3], r"storage: expected shape \[4, 17, 6\] floating"),

@@ -101,3 +101,15 @@ def test_blocks_of_anchors_and_empty_inputs(op, monkeypatch):
         lse, mean = OPS[op](*nothing, 6, 5, 0.1, torch.tensor(4))
         assert lse.shape == nothing[0].shape[:1] and (lse == -math.inf).all()
         assert mean.shape == nothing[0].shape and (mean == 0).all()
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("scale", (1e-11, 1e-13, 1e-25, 1e-40))
+def test_rows_too_short_for_a_direction_are_not_mixed(op, scale):
+    """Below 1e-12 float32 could not tell the length of a mix; above, a mix has unit length."""
+    anchors = normalize(torch.randn(9, 21), dim=1) * scale
+    keys, pool_index = normalize(torch.randn(50, 21), dim=1) * scale, pools(9, 8, 50)
+    given = (anchors, keys, pool_index, 30, 0, 0.07, torch.tensor(5))
+    expected = truth(anchors, keys, pool_index, (30, 0), 0.07, 5)
+    assert (expected[0] > -math.inf).any() == (scale > 1e-12)
+    close(OPS[op](*given), expected, 1e-4)
