@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils._device import _device_constructors
 
 if not torch.cuda.is_available():
     # without a GPU the Triton kernels run as Python; they want to know before they are imported
@@ -24,6 +25,9 @@ settings.register_profile(
     "representative", max_examples=40, deadline=None, derandomize=True, database=None
 )
 settings.register_profile("full", max_examples=1500, deadline=None, database=None)
+
+# lists torch's functions once; it must see the true ones, before a fixture wraps any
+_device_constructors()
 
 PACKAGE = [
     str(Path(pico_fast.__file__).parent),

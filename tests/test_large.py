@@ -1,0 +1,141 @@
+"""Offsets beyond 2^31 and 2^32: rows far apart in memory that is mostly never touched."""
+
+import math
+
+import numpy
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import pico_fast
+
+SAMPLINGS = ("all", "random", "hardest", "semi_hard")
+APART = 2**27  # bytes between rows: the last ones are 2^33 bytes from the first
+
+
+def untouched(n, dtype):
+    """Zeros that take no memory until they are written: torch.zeros would write them."""
+    return torch.from_numpy(numpy.zeros(n * dtype.itemsize, dtype=numpy.uint8)).view(dtype)
+
+
+def far_rows(rows):
+    """The same rows, far from one another."""
+    step = APART // rows.dtype.itemsize
+    memory = untouched(len(rows) * step, rows.dtype)
+    assert memory.numel() > 2**31
+    return memory.as_strided(rows.shape, (step, 1)).copy_(rows)
+
+
+def scene(dtype):
+    keys, key_labels = normalize(torch.randn(66, 16), dim=1).to(dtype), torch.arange(66) % 5 - 1
+    anchors, labels = normalize(torch.randn(12, 16), dim=1), torch.arange(12) % 4
+    return anchors, labels, keys, key_labels
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_keys_far_apart(sampling, dtype, figures):
+    anchors, labels, keys, key_labels = scene(dtype)
+    words = {"sampling": sampling, "synthesis": pico_fast.Synthesis(3, 2, 6), "num_negatives": 9}
+    found = []
+    for rows in (keys, far_rows(keys)):
+        x = anchors.clone().requires_grad_()
+        loss = pico_fast.contrast(x, labels, rows, key_labels, **words)
+        found.append((loss.detach(), *torch.autograd.grad(loss, x)))
+        picks = pico_fast.select_keys(anchors, labels, rows, key_labels, sampling, 5, 9)
+        found[-1] += tuple(picks)
+    for near, far in zip(*found, strict=True):
+        torch.testing.assert_close(far, near)
+    figures.add("large", "calls with offsets beyond 2^32")
+
+
+def test_the_interpreted_kernels_count_in_64_bits(figures):
+    contrast_gpu = pytest.importorskip("pico_fast.contrast_gpu", reason="needs Triton")
+    selection_gpu = pytest.importorskip("pico_fast.selection_gpu", reason="needs Triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    anchors, labels, keys, key_labels = (x.to(device) for x in scene(torch.float16))
+    if device == "cuda":  # whose memory has to be there: 9 GB
+        memory = torch.empty(len(keys) * APART // 2, dtype=torch.float16, device=device)
+        far = memory.as_strided(keys.shape, (APART // 2, 1)).copy_(keys)
+    else:
+        far = far_rows(keys)
+    near_found, far_found = (
+        contrast_gpu.contrast_all(anchors, labels, rows, key_labels, None, None, 0.1, True)
+        for rows in (keys, far)
+    )
+    for near, mine in zip(near_found, far_found, strict=True):
+        torch.testing.assert_close(mine, near)
+    seed = torch.tensor(5, device=device)
+    for sampling in ("hardest", "semi_hard"):
+        near_picks, far_picks = (
+            selection_gpu.select_keys(
+                anchors, labels, rows, key_labels, sampling, 5, 9, 0.5, seed, None
+            )
+            for rows in (keys, far)
+        )
+        for near, mine in zip(near_picks, far_picks, strict=True):
+            torch.testing.assert_close(mine, near)
+    figures.add("large", "calls with offsets beyond 2^32", 3)
+
+
+def test_images_far_apart(figures):
+    """Images, channels and rows of pixels beyond 2^31 elements from the first."""
+    x = normalize(torch.randn(3, 8, 4, 5), dim=1)
+    memory = untouched(3 * 2**30, torch.float32)
+    far = memory.as_strided(x.shape, (2**30, 2**26, 2**10, 1))
+    far.copy_(x)
+    labels = torch.randint(-1, 4, (3, 4, 5))
+    for near, mine in zip(
+        pico_fast.region_pool(x, labels, 4), pico_fast.region_pool(far, labels, 4), strict=True
+    ):
+        torch.testing.assert_close(mine, near)
+    made = [pico_fast.PiCoLoss(4, 8, pixel_queue_size=20, region_queue_size=3) for _ in range(2)]
+    for _ in range(2):
+        losses = [criterion(e, labels) for criterion, e in zip(made, (x, far), strict=True)]
+        torch.testing.assert_close(*losses)
+    assert torch.equal(made[0].bank.storage[:, :20], made[1].bank.storage[:, :20])
+    figures.add("large", "calls with offsets beyond 2^32", 3)
+
+
+def test_a_bank_of_more_than_2_to_the_31_values(figures):
+    """Only its first and its last slots of each class are in use, so that it takes no memory."""
+    classes, slots, dim = 9, 2**20, 256
+    storage = untouched(classes * slots * dim, torch.bfloat16).view(classes, slots, dim)
+    assert storage.numel() > 2**31
+    rows = normalize(torch.randn(classes, 40, dim), dim=2).bfloat16()
+    storage[:, :10], storage[:, -30:] = rows[:, :10], rows[:, 10:]
+    first = torch.arange(classes) * slots
+    segments = torch.stack([first, first * 0 + 10, first + slots - 30, first * 0 + 30], 1)
+    segments = segments.view(classes, 2, 2)
+    anchors, labels = normalize(torch.randn(14, dim), dim=1), torch.arange(14) % classes
+    keys, key_labels = rows.flatten(0, 1), torch.arange(classes).repeat_interleave(40)
+    ops = torch.ops.pico_fast
+    found = ops.contrast_all(
+        anchors, labels, storage.flatten(0, 1), None, None, None, 0.1, True, segments
+    )
+    expected = ops.contrast_all(anchors, labels, keys, key_labels, None, None, 0.1, True)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-3)
+    seed = torch.tensor(3)
+    choice = ("hardest", 6, 20, 0.1, seed)
+    found = ops.select_keys(anchors, labels, storage.flatten(0, 1), None, *choice, segments)
+    expected = ops.select_keys(anchors, labels, keys, key_labels, *choice)
+    for mine, theirs in zip(found[2:], expected[2:], strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert found[1].max() > 2**31 // dim
+    figures.add("large", "calls with offsets beyond 2^32", 2)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_sizes_beyond_2_to_the_31_on_a_device_without_memory(sampling):
+    """Shapes alone: what a step would return, and that nothing counts in 32 bits on the way."""
+    anchors = torch.empty(1024, 256, device="meta", requires_grad=True)
+    labels = torch.empty(1024, dtype=torch.int64, device="meta")
+    keys = torch.empty(2**27, 256, dtype=torch.bfloat16, device="meta")
+    key_labels = torch.empty(2**27, dtype=torch.int64, device="meta")
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    pairs = (anchors, labels, keys, key_labels)
+    loss = pico_fast.contrast(*pairs, sampling=sampling, seed=seed)
+    loss.backward()
+    assert anchors.grad.shape == (1024, 256) and loss.shape == ()
+    assert math.prod(keys.shape) > 2**32
