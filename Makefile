@@ -7,9 +7,12 @@ PY := $(VENV)/bin/python
 CHECK_BUILD ?= cuda
 # every generation that the package has code for, and PTX for those to come
 RELEASE_ARCHS := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
+# writes requirements-*.lock
+UV := uv==0.13.9
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
-.PHONY: help demo test test-integrations bench bench-report gate check format build wheel clean
+.PHONY: help demo test test-integrations bench bench-report gate check sanitize format build wheel \
+	lock clean
 
 help:
 	@echo "make demo    train a small network with and without the contrast, and draw a picture"
@@ -18,17 +21,21 @@ help:
 	@echo "make bench   run the benchmarks beside their peers; results go to bench/results/"
 	@echo "make bench-report  draw docs/benchmarks.md and the README's figures from bench/results/"
 	@echo "make gate    the small benchmarks that CI holds on to"
-	@echo "make check   lint, formatting, a build with warnings as errors, and the gate"
+	@echo "make check   lint, formatting, a build with warnings as errors, sanitizers, and the gate"
+	@echo "make sanitize  run C++ under sanitizers at its edges; with FULL=1 also the tests that reach it"
 	@echo "make format  format Python and C++"
 	@echo "make build   make the environment and build the package into it"
 	@echo "make wheel   build the wheel for every GPU generation into dist/"
+	@echo "make lock    write requirements-*.lock anew from requirements-*.txt"
 	@echo "make clean   remove what was built, not the environment"
 
-$(VENV)/.requirements: requirements-dev.txt
+# first what has hashes: of all that torch asks for, pip then finds it there
+$(VENV)/.requirements: requirements-dev.lock requirements-torch.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	"the development environment needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet -r requirements-dev.txt
+	$(PY) -m pip install --quiet --require-hashes -r requirements-dev.lock
+	$(PY) -m pip install --quiet -r requirements-torch.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.requirements setup.py pyproject.toml kernels/__init__.py $(CSRC)
@@ -47,11 +54,11 @@ test: $(VENV)/.built
 
 # libraries of two groups in folders of their own, and without their dependencies: nothing here may
 # exchange the torch that is there
-.integrations/hub/.installed: requirements-integrations.txt | $(VENV)/.requirements
-.integrations/mmseg/.installed: requirements-mmseg.txt | $(VENV)/.requirements
+.integrations/hub/.installed: requirements-integrations.lock | $(VENV)/.requirements
+.integrations/mmseg/.installed: requirements-mmseg.lock | $(VENV)/.requirements
 .integrations/%/.installed:
 	rm -rf $(@D)
-	$(PY) -m pip install --quiet --no-deps --target $(@D) -r $<
+	$(PY) -m pip install --quiet --no-deps --require-hashes --target $(@D) -r $<
 	touch $@
 
 test-integrations: $(VENV)/.built .integrations/hub/.installed .integrations/mmseg/.installed
@@ -60,8 +67,8 @@ test-integrations: $(VENV)/.built .integrations/hub/.installed .integrations/mms
 	$(PY) -m pytest -q tests/integrations/test_$${group}_*.py || exit 1; done
 
 # peers from elsewhere; scikit-learn and SciPy come with them, torch stays as it is
-$(VENV)/.peers: requirements-bench.txt $(VENV)/.requirements
-	$(PY) -m pip install --quiet -r requirements-bench.txt
+$(VENV)/.peers: requirements-bench.lock $(VENV)/.requirements
+	$(PY) -m pip install --quiet --no-deps --require-hashes -r requirements-bench.lock
 	touch $@
 
 bench: $(VENV)/.built $(VENV)/.peers
@@ -81,10 +88,37 @@ check: $(VENV)/.requirements gate
 	PICO_FAST_BUILD=$(CHECK_BUILD) PICO_FAST_WERROR=1 TORCH_CUDA_ARCH_LIST=9.0 $(PY) setup.py --quiet build_ext \
 	--build-temp build/check --build-lib build/check
 	test -f build/check/pico_fast/_C.abi3.so
+	$(MAKE) sanitize
 
+# A copy of the package, its C++ compiled with sanitizers: gcc's, whose runtimes must come before Python
+# (which leaks by itself, so leaks are none of theirs). FIGURES=FILE.json is given what FULL=1 reached.
+SANITIZERS := address,undefined,float-cast-overflow
+sanitize: $(VENV)/.requirements
+	rm -rf build/sanitize/lib
+	PICO_FAST_BUILD=cpu PICO_FAST_SANITIZE=$(SANITIZERS) CXX=$(CXX) $(PY) setup.py --quiet build \
+	--build-temp build/sanitize/temp --build-lib build/sanitize/lib
+	PICO_FAST_SANITIZE=$(SANITIZERS) PYTHONPATH=$(CURDIR)/build/sanitize/lib CXX=$(CXX) \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	$(PY) tests/sanitize_cpu.py $(if $(FULL),--full $(FIGURES))
+
+# the same file, bit for bit, from the same commit, compilers and torch. build/ first: what an earlier build
+# left there would go into the wheel
 wheel: $(VENV)/.requirements
+	rm -rf build/lib* build/temp.* build/bdist.*
+	chmod 644 LICENSE NOTICE  # git does not keep all of a mode, a wheel does
+	umask 022; SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} \
 	PICO_FAST_BUILD=cuda TORCH_CUDA_ARCH_LIST="$(RELEASE_ARCHS)" $(PY) -m pip wheel --quiet \
 	--no-build-isolation --no-deps -w dist .
+
+# with LOCK=--upgrade also what only others ask for takes its newest version
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet $(UV)
+	for list in dev bench integrations mmseg; do \
+	build/lock/bin/uv --no-config pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	$$(test $$list = dev || echo --no-deps) $(LOCK) --custom-compile-command "make lock" \
+	-o requirements-$$list.lock requirements-$$list.txt || exit 1; done
 
 format: $(VENV)/.requirements
 	$(VENV)/bin/ruff check --fix .

@@ -4,8 +4,10 @@ PICO_FAST_BUILD says what to build. "auto", the default, builds what it can and 
 "cuda" (CPU and CUDA kernels) and "cpu" build that or fail; "none" builds no extension. What was built,
 and why the rest was not, stands in pico_fast/_build.json, which `python -m pico_fast.info` prints.
 
-PICO_FAST_WERROR=1 makes warnings errors. CUDA_HOME, TORCH_CUDA_ARCH_LIST, CXX and MAX_JOBS mean what
-they mean to PyTorch; without an arch list, the visible GPUs decide.
+PICO_FAST_WERROR=1 makes warnings errors. PICO_FAST_SANITIZE=address,undefined compiles the CPU kernels
+for these sanitizers, whose runtimes Python then has to preload: see `make sanitize`. CUDA_HOME,
+TORCH_CUDA_ARCH_LIST, CXX and MAX_JOBS mean what they mean to PyTorch; without an arch list, the visible
+GPUs decide.
 """
 
 import json
@@ -38,6 +40,7 @@ CUDA_SOURCES = [path.as_posix() for path in sorted(Path("csrc/cuda").glob("*.cu"
 # torch 2.10 and later load what is built against this target, whatever torch builds it
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 WERROR = os.environ.get("PICO_FAST_WERROR") == "1"
+SANITIZE = os.environ.get("PICO_FAST_SANITIZE")
 
 record = {"asked": MODE, "built": [], "left_out": {}}
 
@@ -82,24 +85,32 @@ def extension(cuda_home: str | None) -> Extension:
     """`_C` with CPU kernels, and with CUDA kernels if there is a toolkit."""
     # torch's own headers as system headers: they do not stand up to -Wextra
     system = [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
-    # messages of the extension name csrc/..., not where it happened to be built
-    prefix = f"-ffile-prefix-map={Path.cwd()}/="
+    # messages of the extension name csrc/... and torch/..., not where these happened to lie
+    hidden = (Path.cwd(), Path(torch.__file__).parents[1])
+    prefixes = [f"-ffile-prefix-map={folder}/=" for folder in hidden]
     cxx = [
         "-O3",
         "-fopenmp-simd",
         "-Wall",
         "-Wextra",
         "-fvisibility=hidden",
-        prefix,
+        *prefixes,
         *system,
         *STABLE_ABI,
     ]
     link = ["-Wl,--exclude-libs,ALL", "-s"] if sys.platform == "linux" else []
+    if SANITIZE:
+        # the last -O counts; where Python's flags say -fwrapv, no overflow would be an error
+        cxx += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+        cxx += ["-g", "-O1", "-fno-wrapv", "-D_GLIBCXX_ASSERTIONS"]
+        link = [f"-fsanitize={SANITIZE}"]  # and not stripped: a report names lines
     options = {}
     nvcc = []
     if cuda_home:
         cpp_extension.CUDA_HOME = cuda_home  # a CPU build of torch leaves it None
         nvcc = ["-O3", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden", *system, *STABLE_ABI]
+        # quoted: nvcc hands it to a shell
+        nvcc += [word for prefix in prefixes for word in ("-Xcompiler", shlex.quote(prefix))]
         # a spill is a warning: registers that do not fit are a slow kernel that looks like a good one
         nvcc += ["-Xptxas", "-warn-spills"]
         nvcc += ["-Werror", "all-warnings", "-Xptxas", "-Werror"] if WERROR else []
@@ -127,6 +138,19 @@ def set_archs() -> str:
         names = ";".join(f"{major}.{minor}" for major, minor in sorted(visible))
         os.environ["TORCH_CUDA_ARCH_LIST"] = f"{names}+PTX" if names else ARCHS
     return os.environ["TORCH_CUDA_ARCH_LIST"]
+
+
+def same_names() -> list[str]:
+    """What makes nvcc's symbols the same in every build, if this nvcc has it.
+
+    It puts its process and the source's folder into the names of what is internal to a file.
+    """
+    seed, folder = "-frandom-seed=pico_fast", "--orig_src_path_name"
+    command = [f"{cpp_extension.CUDA_HOME}/bin/nvcc", seed, "--dryrun", "-c", CUDA_SOURCES[0]]
+    told = subprocess.run(command, capture_output=True, text=True)
+    if told.returncode or folder not in told.stderr:
+        return []
+    return [seed, "-Xcudafe", f"{folder}=csrc/cuda"]
 
 
 def leave_out(part: str, reason: str) -> None:
@@ -197,6 +221,8 @@ if extensions:
                 with_cuda = any(source.endswith(".cu") for source in self.extensions[0].sources)
                 try:
                     archs = set_archs() if with_cuda else None
+                    if with_cuda:
+                        self.extensions[0].extra_compile_args["nvcc"] += same_names()
                     super().build_extensions()
                     break
                 except Exception as error:

@@ -37,7 +37,8 @@ struct Pick {
 template <typename F>
 std::vector<Pick> by_tile(const int64_t* index, int64_t first, int64_t last, int64_t k, int64_t K,
                           int64_t row_bytes, F&& wanted) {
-  const int64_t tile = std::max<int64_t>(1, kTileBytes / row_bytes);
+  // rows of no channels are of no bytes
+  const int64_t tile = std::max<int64_t>(1, kTileBytes / std::max<int64_t>(1, row_bytes));
   std::vector<int64_t> start(K / tile + 2);
   for (int64_t slot = first * k; slot < last * k; ++slot)
     if (wanted(slot)) ++start[index[slot] / tile + 1];
@@ -94,11 +95,12 @@ void multiply(const S* rows, const T* keys, int64_t D, const std::vector<Pick>& 
 // inner products, 0 behind the last
 std::tuple<Tensor, Tensor> rank_keys(const Tensor& rows_, const Tensor& keys_, const Tensor& index_,
                                      bool positive) {
+  STD_TORCH_CHECK(rows_.dim() == 2 && keys_.dim() == 2 && index_.dim() == 2 &&
+                      rows_.size(1) == keys_.size(1) && rows_.size(0) == index_.size(0),
+                  "expected rows [n, D], keys [K, D] and index [n, k]");
+  STD_TORCH_CHECK(index_.size(0) < INT32_MAX, "index: expected fewer than 2^31 rows");
   const Tensor rows = torch::stable::contiguous(rows_), keys = torch::stable::contiguous(keys_);
   const Tensor index = torch::stable::contiguous(index_);
-  STD_TORCH_CHECK(rows.dim() == 2 && keys.dim() == 2 && index.dim() == 2 &&
-                      rows.size(1) == keys.size(1) && rows.size(0) == index.size(0),
-                  "expected rows [n, D], keys [K, D] and index [n, k]");
   const int64_t n = index.size(0), k = index.size(1), D = rows.size(1);
   const int64_t* from = checked_index(index, keys.size(0));
   Tensor order = torch::stable::new_empty(index, {n, k});
@@ -141,12 +143,13 @@ std::tuple<Tensor, Tensor> rank_keys(const Tensor& rows_, const Tensor& keys_, c
 // keys [K, D], index [n, k] int64, -1 for none, weight [n, k] float32 or float64 -> [n, D]; a key
 // of weight 0 is not read: it may hold anything
 Tensor weighted_rows(const Tensor& keys_, const Tensor& index_, const Tensor& weight_) {
+  STD_TORCH_CHECK(keys_.dim() == 2 && index_.dim() == 2 && weight_.dim() == 2 &&
+                      weight_.size(0) == index_.size(0) && weight_.size(1) == index_.size(1),
+                  "expected keys [K, D], index [n, k] and weight [n, k]");
+  STD_TORCH_CHECK(index_.size(0) < INT32_MAX, "index: expected fewer than 2^31 rows");
   const Tensor keys = torch::stable::contiguous(keys_);
   const Tensor index = torch::stable::contiguous(index_);
   const Tensor weight = torch::stable::contiguous(weight_);
-  STD_TORCH_CHECK(keys.dim() == 2 && index.dim() == 2 && weight.dim() == 2 &&
-                      weight.size(0) == index.size(0) && weight.size(1) == index.size(1),
-                  "expected keys [K, D], index [n, k] and weight [n, k]");
   const int64_t n = index.size(0), k = index.size(1), D = keys.size(1);
   const int64_t* from = checked_index(index, keys.size(0));
   Tensor out = torch::stable::new_zeros(weight, {n, D});

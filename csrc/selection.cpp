@@ -209,7 +209,11 @@ Tensor pick_keys(const Tensor& similarity_, const Tensor& anchor_labels_, const 
   STD_TORCH_CHECK(similarity_.dim() == 2 && anchor_labels_.numel() == similarity_.size(0) &&
                       key_labels_.numel() == similarity_.size(1),
                   "similarity: expected [n, K] with labels [n] and [K]");
-  STD_TORCH_CHECK(similarity_.size(1) < INT32_MAX, "keys: expected fewer than 2^31");
+  STD_TORCH_CHECK(similarity_.size(0) < INT32_MAX && similarity_.size(1) < INT32_MAX,
+                  "anchors and keys: expected fewer than 2^31");
+  STD_TORCH_CHECK(pool_fraction >= 0 && pool_fraction <= 1, "pool_fraction: expected 0 to 1");
+  STD_TORCH_CHECK(first_row >= 0 && first_row <= INT64_MAX - similarity_.size(0),
+                  "first_row: expected a row of an int64 number");
   const Tensor similarity = torch::stable::contiguous(similarity_);
   const Tensor anchor_labels = torch::stable::contiguous(anchor_labels_);
   const Tensor key_labels = torch::stable::contiguous(key_labels_);

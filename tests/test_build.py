@@ -134,7 +134,8 @@ def test_the_library_is_bound_to_no_python_and_no_torch_version():
 )
 def test_building_without_an_extension_is_no_error(tmp_path, mode, environment, reason):
     # setup.py writes beside itself: build a copy
-    for part in ("csrc", "kernels", "pico_fast", "setup.py", "pyproject.toml", "LICENSE"):
+    parts = ("csrc", "kernels", "pico_fast", "setup.py", "pyproject.toml", "LICENSE", "NOTICE")
+    for part in parts:
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
         copy(ROOT / part, tmp_path / part)
     (tmp_path / "README.md").touch()

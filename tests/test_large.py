@@ -9,6 +9,8 @@ from torch.nn.functional import normalize
 
 import pico_fast
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAMPLINGS = ("all", "random", "hardest", "semi_hard")
 APART = 2**27  # bytes between rows: the last ones are 2^33 bytes from the first
 
@@ -49,33 +51,55 @@ def test_keys_far_apart(sampling, dtype, figures):
     figures.add("large", "calls with offsets beyond 2^32")
 
 
-def test_the_interpreted_kernels_count_in_64_bits(figures):
+def gpu_kernels(pairs, segments):
+    """What the Triton kernels say, interpreted without a GPU: numpy's integers wrap around as well."""
     contrast_gpu = pytest.importorskip("pico_fast.contrast_gpu", reason="needs Triton")
     selection_gpu = pytest.importorskip("pico_fast.selection_gpu", reason="needs Triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    anchors, labels, keys, key_labels = (x.to(device) for x in scene(torch.float16))
-    if device == "cuda":  # whose memory has to be there: 9 GB
-        memory = torch.empty(len(keys) * APART // 2, dtype=torch.float16, device=device)
+    found = contrast_gpu.contrast_all(*pairs, None, None, 0.1, True, segments)
+    seed = torch.tensor(5, device=DEVICE)
+    for sampling in ("hardest", "semi_hard"):
+        found += selection_gpu.select_keys(*pairs, sampling, 5, 9, 0.5, seed, segments)[2:]
+    return found
+
+
+def test_kernels_gather_keys_far_apart(figures):
+    anchors, labels, keys, key_labels = (x.to(DEVICE) for x in scene(torch.float16))
+    if DEVICE == "cuda":  # whose memory has to be there: 9 GB
+        memory = torch.empty(len(keys) * APART // 2, dtype=torch.float16, device=DEVICE)
         far = memory.as_strided(keys.shape, (APART // 2, 1)).copy_(keys)
     else:
         far = far_rows(keys)
-    near_found, far_found = (
-        contrast_gpu.contrast_all(anchors, labels, rows, key_labels, None, None, 0.1, True)
-        for rows in (keys, far)
-    )
-    for near, mine in zip(near_found, far_found, strict=True):
+    found = [gpu_kernels((anchors, labels, rows, key_labels), None) for rows in (keys, far)]
+    for near, mine in zip(*found, strict=True):
         torch.testing.assert_close(mine, near)
-    seed = torch.tensor(5, device=device)
-    for sampling in ("hardest", "semi_hard"):
-        near_picks, far_picks = (
-            selection_gpu.select_keys(
-                anchors, labels, rows, key_labels, sampling, 5, 9, 0.5, seed, None
-            )
-            for rows in (keys, far)
-        )
-        for near, mine in zip(near_picks, far_picks, strict=True):
-            torch.testing.assert_close(mine, near)
     figures.add("large", "calls with offsets beyond 2^32", 3)
+
+
+@pytest.mark.parametrize("dim", (17, 16), ids=("by pointers", "by descriptors"))
+def test_kernels_read_the_end_of_a_large_bank(dim, figures):
+    n = 2**31 // dim // 3 + 100
+    if DEVICE == "cuda":
+        bank = torch.zeros(3, n, dim, dtype=torch.float16, device=DEVICE)
+    else:
+        bank = untouched(3 * n * dim, torch.float16).view(3, n, dim)
+    rows = normalize(torch.randn(3, 25, dim), dim=2).half().to(DEVICE)
+    bank[:, :10], bank[:, -15:] = rows[:, :10], rows[:, 10:]
+
+    def parts(slots):
+        first = torch.arange(3, device=DEVICE) * slots
+        described = [first, first * 0 + 10, first + slots - 15, first * 0 + 15]
+        return torch.stack(described, 1).view(3, 2, 2)
+
+    anchors = normalize(torch.randn(7, dim), dim=1).to(DEVICE)
+    labels = torch.arange(7, device=DEVICE) % 3
+    found = [
+        gpu_kernels((anchors, labels, keys.flatten(0, 1), None), parts(keys.shape[1]))
+        for keys in (rows, bank)
+    ]
+    # tiles end elsewhere, so weights are rounded to float16 against other maxima
+    for near, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, near, rtol=2e-3, atol=2e-3)
+    figures.add("large", "calls with offsets beyond 2^31", 3)
 
 
 def test_images_far_apart(figures):

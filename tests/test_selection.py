@@ -349,6 +349,15 @@ def test_a_picked_row_without_a_number_harms_no_other():
     assert picked.weighted_rows(keys, index, weight).isfinite().all()
 
 
+def test_rows_without_channels_are_all_alike():
+    keys, index = torch.empty(5, 0), torch.tensor([[4, -1, 2], [-1, -1, -1]])
+    for op in (picked.rank_keys, picked.rank_torch):
+        order, products = op(torch.empty(2, 0), keys, index, False)
+        assert order.tolist() == [[2, 4, -1], [-1, -1, -1]] and not products.any()
+    for op in (picked.weighted_rows, picked.rows_torch):
+        assert op(keys, index, torch.ones(2, 3)).shape == (2, 0)
+
+
 def test_zeros_of_either_sign_are_equal_and_infinities_have_their_place():
     rows = torch.tensor([[1.0, 0.0]])
     keys = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [math.inf, 1.0], [-math.inf, 1.0], [0.0, 1.0]])

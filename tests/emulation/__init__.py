@@ -1,9 +1,11 @@
 """The GPU's C++ kernels on a CPU: csrc/cuda compiled by the C++ compiler against device.cuh beside this.
 
 `load()` gives the ops of the library `pico_fast_emulated`, with the schemas of the package's own.
+PICO_FAST_SANITIZE names sanitizers to compile with, as it does for setup.py.
 """
 
 import functools
+import os
 import shutil
 import subprocess
 import tempfile
@@ -31,6 +33,9 @@ def compile_kernels(folder: Path) -> Path:
     library = folder / "emulated.so"
     torch_home = Path(torch.__file__).parent
     command = [cpp_extension.get_cxx_compiler(), "-std=c++20", "-O2", "-fPIC", "-shared"]
+    if sanitizers := os.environ.get("PICO_FAST_SANITIZE"):
+        command += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"]
+        command += ["-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
     command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     command += [path.as_posix() for path in sorted(folder.glob("cuda/*.cpp"))]
