@@ -9,14 +9,17 @@ CHECK_BUILD ?= cuda
 RELEASE_ARCHS := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
 # writes requirements-*.lock
 UV := uv==0.13.9
+# tests that run side by side, with one thread each
+JOBS ?= 2
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
-.PHONY: help demo test test-integrations bench bench-report gate check sanitize format build wheel \
+.PHONY: help demo test test-integrations stress bench bench-report gate check sanitize format build wheel \
 	lock clean
 
 help:
 	@echo "make demo    train a small network with and without the contrast, and draw a picture"
 	@echo "make test    run the tests"
+	@echo "make stress  the full tables of what docs/trust.md promises, within the hour; writes it anew"
 	@echo "make test-integrations  train models and trainers of other libraries; installs these first"
 	@echo "make bench   run the benchmarks beside their peers; results go to bench/results/"
 	@echo "make bench-report  draw docs/benchmarks.md and the README's figures from bench/results/"
@@ -50,7 +53,19 @@ demo: $(VENV)/.built
 	$(PY) examples/demo.py
 
 test: $(VENV)/.built
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) tests
+
+# the soak alone, for its times; everything else side by side
+stress: $(VENV)/.built
+	rm -f build/stress.json
+	mkdir -p build
+	date +%s > build/stress.start
+	$(PY) -m pytest -q --full --figures build/stress.json tests/test_soak.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --full --figures build/stress.json tests \
+	--deselect tests/test_soak.py --deselect tests/test_trust.py
+	$(MAKE) sanitize FULL=1 FIGURES=build/stress.json
+	$(PY) tests/trust.py build/stress.json $$(cat build/stress.start)
+	$(PY) -m pytest -q tests/test_trust.py
 
 # libraries of two groups in folders of their own, and without their dependencies: nothing here may
 # exchange the torch that is there

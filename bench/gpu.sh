@@ -32,9 +32,9 @@ step install 200 python3 -m pip install --no-deps --no-build-isolation --force-r
 
 cd "$out"  # not the root: its pico_fast/ would stand before the installed one
 step info 30 python3 -m pico_fast.info
-step tests 150 python3 -m pytest -q -rf -p no:cacheprovider "$root/tests" \
-  -k "gpu or kernels_contrast or kernels_selection or peers"
-for tool in memcheck racecheck; do
+step tests 200 python3 -m pytest -q -rf -p no:cacheprovider "$root/tests" \
+  -k "gpu or kernels_contrast or kernels_selection or peers or budget or large"
+for tool in memcheck racecheck synccheck; do
   step $tool 60 compute-sanitizer --tool $tool --error-exitcode 1 python3 "$root/tests/sanitize.py"
 done
 step bench 200 python3 -m pytest -q -p no:cacheprovider "$root/bench" -m "not gate" --benchmark-only \

@@ -10,6 +10,7 @@ batch on each rank, and torch.distributed.checkpoint, because a sharded bank lie
 
 import argparse
 import os
+import shutil
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,10 +33,16 @@ def newest(folder: Path) -> Path | None:
 def save(state: dict, folder: Path, step: int) -> None:
     """All ranks write; the name is given when all have."""
     path = folder / f"step-{step}"
-    dcp.save(state, checkpoint_id=str(path.with_suffix(".partial")))
+    partial = path.with_suffix(".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(
+            partial, ignore_errors=True
+        )  # a killed run, of more ranks, may have left files
+    dist.barrier()
+    dcp.save(state, checkpoint_id=str(partial))
     dist.barrier()
     if dist.get_rank() == 0:
-        path.with_suffix(".partial").rename(path)
+        partial.rename(path)
 
 
 def main(arguments: list[str] | None = None) -> None:

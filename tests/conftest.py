@@ -74,15 +74,25 @@ class Figures:
     """What tests reached, by promise: counts that add up, and the worst of what was measured."""
 
     def __init__(self) -> None:
-        self.found: dict[str, dict[str, float]] = {}
+        self.counts: dict[str, dict[str, int]] = {}
+        self.worst: dict[str, dict[str, float]] = {}
 
     def add(self, promise: str, what: str, count: int = 1) -> None:
-        of_promise = self.found.setdefault(promise, {})
+        of_promise = self.counts.setdefault(promise, {})
         of_promise[what] = of_promise.get(what, 0) + count
 
     def most(self, promise: str, what: str, value: float) -> None:
-        of_promise = self.found.setdefault(promise, {})
+        of_promise = self.worst.setdefault(promise, {})
         of_promise[what] = max(of_promise.get(what, float("-inf")), float(value))
+
+    def take(self, counts: dict, worst: dict) -> None:
+        """Those of another process as well."""
+        for promise, found in counts.items():
+            for what, count in found.items():
+                self.add(promise, what, count)
+        for promise, found in worst.items():
+            for what, value in found.items():
+                self.most(promise, what, value)
 
 
 FIGURES = Figures()
@@ -97,12 +107,29 @@ def pytest_configure(config):
     settings.load_profile("full" if config.getoption("--full") else "representative")
 
 
+def pytest_runtest_logreport(report):
+    # of several processes the one that writes hears of all tests
+    if report.when == "call" and report.passed and "PYTEST_XDIST_WORKER" not in os.environ:
+        FIGURES.add("passed", Path(report.location[0]).name)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    FIGURES.take(*node.workeroutput["figures"])
+
+
 def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = (FIGURES.counts, FIGURES.worst)
+        return
     path = session.config.getoption("--figures")
     if path is not None:
         # several runs add to one file
         known = json.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(json.dumps(known | FIGURES.found, indent=1, sort_keys=True) + "\n")
+        for found in (FIGURES.counts, FIGURES.worst):
+            for promise, values in found.items():
+                known[promise] = known.get(promise, {}) | values
+        path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,8 @@ HERE = Path(__file__).parent
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SEED = torch.tensor(2**63 - 1)
 # tests that reach C++ in their own process
-TESTS = "anchors bank contrast invariance loss op_guards ops regions selection synthesis tap"
+TESTS = "anchors bank bank_state budget contrast exact finite invariance loss misuse op_guards ops"
+TESTS += " regions selection synthesis tap"
 
 
 def check_library() -> None:

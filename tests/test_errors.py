@@ -274,14 +274,15 @@ def snapshot(module):
 
 
 @pytest.mark.parametrize(("call", "name", "value"), rows(WRONG))
-def test_wrong_argument_is_named(call, name, value):
+def test_wrong_argument_is_named(call, name, value, figures):
     function, words = CALLS[call]
     with pytest.raises((TypeError, ValueError), match=rf"^{name}: expected"):
         function(**(words | {name: value}))
+    figures.add("wrong calls", "wrong calls refused")
 
 
 @pytest.mark.parametrize(("call", "name", "value"), rows(WRONG_METHODS))
-def test_wrong_batch_is_named_and_changes_nothing(call, name, value):
+def test_wrong_batch_is_named_and_changes_nothing(call, name, value, figures):
     make, method, words = METHODS[call]
     module = make()
     method(module, **words)
@@ -291,6 +292,7 @@ def test_wrong_batch_is_named_and_changes_nothing(call, name, value):
     after = module.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+    figures.add("wrong calls", "wrong calls refused")
 
 
 @pytest.mark.parametrize("call", [*CALLS, *METHODS])

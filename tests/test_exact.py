@@ -121,6 +121,8 @@ def test_banks(figures, drawn, pixels, regions, per_image, dtype):
     for bank in made:
         assert (bank.pixel_count <= pixels).all() and (bank.region_count <= regions).all()
     figures.add("exact", "banks equal to the bit", len(sequence))
+    if not edge:
+        figures.add("refused", "vectors refused where the specification does", int(fast.refused))
 
 
 @given(batches())

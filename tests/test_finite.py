@@ -124,3 +124,12 @@ def test_one_pixel_spoils_no_other_gradient_and_no_bank(queues, value, sampling,
     # and the next batch is as good as ever
     assert criterion(good, labels).isfinite()
     figures.add("finite", "spoiled pixels in a criterion")
+
+
+def test_finite_rows_whose_sum_is_not_are_finite():
+    anchors, labels, keys, key_labels = scene(False)
+    large = keys * 2e38
+    assert not large.abs().sum().isfinite() and large.isfinite().all()
+    large = large.abs()
+    loss = pico_fast.contrast(anchors * 1e-38, labels, large, key_labels)
+    assert loss.isfinite() and loss > 0

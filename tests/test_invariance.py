@@ -45,43 +45,47 @@ def same(found, expected):
 
 
 @given(scenes(), SAMPLINGS)
-def test_the_order_of_keys_and_anchors(scene, sampling):
+def test_the_order_of_keys_and_anchors(figures, scene, sampling):
     anchors, anchor_labels, keys, key_labels, temperature = scene
     loss, grad = each(*scene, sampling)
     by, of = torch.randperm(len(keys)), torch.randperm(len(anchors))
     moved = (anchors[of], anchor_labels[of], keys[by], key_labels[by], temperature)
     same(each(*moved, sampling), (loss[of], grad[of]))
+    figures.add("invariance", "scenes")
 
 
 @given(scenes(), SAMPLINGS)
-def test_the_names_of_classes(scene, sampling):
+def test_the_names_of_classes(figures, scene, sampling):
     anchors, anchor_labels, keys, key_labels, temperature = scene
     names = torch.cat([torch.randperm(50)[:5], torch.tensor([-7])])  # -1 takes the last
     renamed = (anchors, names[anchor_labels], keys, names[key_labels], temperature)
     same(each(*renamed, sampling), each(*scene, sampling))
+    figures.add("invariance", "scenes")
 
 
 @given(scenes(), SAMPLINGS)
-def test_rotating_everything_rotates_the_gradient(scene, sampling):
+def test_rotating_everything_rotates_the_gradient(figures, scene, sampling):
     anchors, anchor_labels, keys, key_labels, temperature = scene
     turn, _ = torch.linalg.qr(torch.randn(anchors.shape[1], anchors.shape[1]).double())
     loss, grad = each(*scene, sampling)
     turned = (anchors @ turn, anchor_labels, keys @ turn, key_labels, temperature)
     same(each(*turned, sampling), (loss, grad @ turn))
+    figures.add("invariance", "scenes")
 
 
 @given(scenes(), SAMPLINGS)
-def test_empty_slots_may_hold_anything(scene, sampling):
+def test_empty_slots_may_hold_anything(figures, scene, sampling):
     anchors, anchor_labels, keys, key_labels, temperature = scene
     filler = torch.tensor([math.nan, math.inf, -math.inf])[torch.randint(0, 3, (17,))].double()
     places = torch.randperm(len(keys) + 17)
     more = torch.cat([keys, filler[:, None].expand(-1, keys.shape[1])])[places]
     labels = torch.cat([key_labels, torch.full((17,), -1)])[places]
     same(each(anchors, anchor_labels, more, labels, temperature, sampling), each(*scene, sampling))
+    figures.add("invariance", "scenes")
 
 
 @given(scenes())
-def test_keys_twice_are_the_same_positives_and_twice_the_negatives(scene):
+def test_keys_twice_are_the_same_positives_and_twice_the_negatives(figures, scene):
     anchors, anchor_labels, keys, key_labels, temperature = scene
     twice = (anchors, anchor_labels, keys.repeat(2, 1), key_labels.repeat(2), temperature)
     found, _ = each(*twice, "all")
@@ -95,10 +99,11 @@ def test_keys_twice_are_the_same_positives_and_twice_the_negatives(scene):
             z = negatives.logsumexp(0) + math.log(2)
             expected = torch.nn.functional.softplus(z - positives, threshold=40.0).mean()
         torch.testing.assert_close(found[i], expected, rtol=1e-9, atol=1e-9)
+    figures.add("invariance", "scenes")
 
 
 @given(scenes(), st.integers(1, 4))
-def test_parts_of_the_keys_add_up(scene, n_parts):
+def test_parts_of_the_keys_add_up(figures, scene, n_parts):
     """The two halves of the op over parts of a bank, and the formula over all of it."""
     anchors, anchor_labels, keys, key_labels, temperature = scene
     ops, parts = torch.ops.pico_fast, []
@@ -118,20 +123,22 @@ def test_parts_of_the_keys_add_up(scene, n_parts):
     expected, _ = each(*scene, "all")
     found = torch.where(z > -math.inf, total / n.clamp(min=1), 0.0)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    figures.add("invariance", "scenes")
 
 
 @given(scenes(), SAMPLINGS)
-def test_another_negative_never_lowers_the_loss(scene, sampling):
+def test_another_negative_never_lowers_the_loss(figures, scene, sampling):
     anchors, anchor_labels, keys, key_labels, temperature = scene
     loss, _ = each(*scene, sampling)
     more = (torch.cat([keys, keys[:1]]), torch.cat([key_labels, torch.tensor([77])]))
     if len(keys):
         after, _ = each(anchors, anchor_labels, *more, temperature, sampling)
         assert (after >= loss - 1e-12 * loss.abs()).all()
+    figures.add("invariance", "scenes")
 
 
 @given(scenes(), SAMPLINGS)
-def test_finite_differences(scene, sampling):
+def test_finite_differences(figures, scene, sampling):
     anchors, anchor_labels, keys, key_labels, temperature = scene
     _, grad = each(*scene, sampling)
     step = torch.randn_like(anchors)
@@ -143,6 +150,7 @@ def test_finite_differences(scene, sampling):
     expected = (grad * step).sum()
     bound = 1e-5 * grad.norm() * step.norm() + 1e-12 * (1 + ahead.abs())
     assert ((ahead - behind) / 2 - expected).abs() <= bound
+    figures.add("invariance", "scenes")
 
 
 @pytest.mark.parametrize("sampling", ("all", "random", "hardest", "semi_hard"))

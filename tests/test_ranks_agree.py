@@ -329,3 +329,30 @@ def test_a_sharded_bank_gets_the_size_that_a_whole_one_gets(n, sizes, monkeypatc
         part = alone.bank.storage.chunk(n, 1)
         part = part[rank] if rank < len(part) else alone.bank.storage[:, :0]
         torch.testing.assert_close(criterion.bank.storage, part, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("sampling", ("all", "hardest", "random", "semi_hard"))
+def test_a_nan_on_one_rank_is_refused_by_all_and_spoils_none(placement, sampling, monkeypatch):
+    def work(rank):
+        criterion = make(sampling=sampling, placement=placement)
+        out = []
+        for step in range(3):
+            embeddings, labels = batch(2, 20 + step + 7 * rank)
+            if rank == 1 and step == 1:
+                embeddings[1, 3, 2, 2] = math.nan
+                labels[1, 2, 2] = 3
+            out.append(step_of(criterion, embeddings, labels))
+        return criterion, out
+
+    found = virtual_ranks.run(2, work, monkeypatch)
+    refused = {int(criterion.bank.refused) for criterion, _ in found}
+    assert len(refused) == 1 and refused <= {1, 2}  # its region, and the pixel where it was drawn
+    others = torch.ones(2, SIZE, SIZE, dtype=torch.bool)
+    others[1, 2, 2] = False
+    for rank, (criterion, out) in enumerate(found):
+        assert criterion.bank.storage.isfinite().all()
+        for step, (loss, grad) in enumerate(out):
+            spoiled = rank == 1 and step == 1
+            kept = grad.movedim(1, 3)[others] if spoiled else grad
+            assert loss.isnan() == spoiled and kept.isfinite().all()
