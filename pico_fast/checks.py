@@ -123,7 +123,7 @@ def first_order(name: str) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"{name}: expected a backward without create_graph=True; the gradient is made in the"
-            " forward and cannot be differentiated again (impl='reference' can)"
+            f" forward and cannot be differentiated again (that of {name}(impl='reference') can)"
         )
 
 

@@ -170,6 +170,7 @@ def test_unsigned_labels_beyond_the_classes_are_no_negative_ones(value):
         pico_fast.region_pool(IMAGES, wide, 4)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning")
 def test_quantized_numbers_are_no_labels():
     quantized = torch.quantize_per_tensor(LABELS.float(), 1.0, 0, torch.quint8)
     with pytest.raises(TypeError, match=r"^anchor_labels: expected"):

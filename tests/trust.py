@@ -129,7 +129,7 @@ LIMITS = """\
 ## Not promised
 
 - **Second derivatives** of the contrast: its gradient is made in the forward, so `create_graph=True` raises.
-  `impl="reference"` has them, and `region_pool` has them. Forward-mode differentiation and `torch.func` transforms
+  `contrast(impl="reference")` has them, and so has `region_pool`. Forward-mode differentiation and `torch.func` transforms
   raise.
 - **Keys of your own** that are not finite raise on a CPU; elsewhere the check would read every key once more, and the
   anchors that meet such a key get nan instead. The bank never holds any.
