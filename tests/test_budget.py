@@ -88,16 +88,14 @@ def _dress(x, clothes):
 
 
 @st.composite
-def scenes(draw, samplings=SAMPLINGS):
+def scenes(draw, samplings=SAMPLINGS, dtypes=DTYPES, with_keys=False):
+    """Anchors, keys and options; `with_keys`: never in batch, and without mixes."""
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     n, k = draw(st.integers(1, 24)), draw(st.integers(0, 200))
     dim = draw(st.sampled_from((1, 3, 16, 33, 64, 257)))
     classes, layout = draw(st.integers(1, 6)), draw(st.sampled_from(LAYOUTS))
-    shape, clothes = (
-        draw(st.sampled_from(SHAPES)),
-        draw(st.sampled_from(("", "strided", "transposed", "shifted"))),
-    )
-    dtypes = draw(st.tuples(*[st.sampled_from(DTYPES)] * 2))
+    shape, clothes = draw(st.sampled_from(SHAPES)), draw(st.sampled_from(CLOTHES))
+    dtypes = draw(st.tuples(*[st.sampled_from(dtypes)] * 2))
     scales = draw(st.tuples(*[st.sampled_from(SCALES)] * 2))
     rows = _rows(n + k, dim, shape, 1.0, g)
     labels = _labels(n + k, layout, classes, g).to(DEVICE)
@@ -106,11 +104,11 @@ def scenes(draw, samplings=SAMPLINGS):
     anchors = _dress((rows[:n] * scales[0]).to(DEVICE, dtypes[0]), clothes)
     keys = _dress((rows[n:] * scales[1]).to(DEVICE, dtypes[1]), clothes)
     pairs = (anchors, labels[:n], keys, labels[n:])
-    if draw(st.booleans()):
+    if not with_keys and draw(st.booleans()):
         pairs = (*pairs[:2], None, None)
     temperature = draw(st.sampled_from((0.005, 0.07, 0.1, 1.0, 5.0)))
     counts = (draw(st.integers(1, 12)), draw(st.integers(1, 40)))
-    mixes = draw(st.sampled_from((None, pico_fast.Synthesis(4, 3, 6))))
+    mixes = None if with_keys else draw(st.sampled_from((None, pico_fast.Synthesis(4, 3, 6))))
     fraction = draw(st.sampled_from((0.1, 0.5, 1.0)))
     return Scene(*pairs, temperature, draw(st.sampled_from(samplings)), *counts, fraction, mixes, 7)
 
@@ -121,13 +119,14 @@ class Bounds(NamedTuple):
     gradient: Tensor  # [A], of its length
 
 
-def bounds(scene: Scene, loss: Tensor) -> Bounds:
+def bounds(scene: Scene, loss: Tensor, rounding: dict[torch.dtype, float] = ROUNDING) -> Bounds:
+    """What the arithmetic allows, for a loss [A] that is true."""
     in_batch = scene.keys is None
     keys = scene.anchors if in_batch else scene.keys
     sizes = [x.double().norm(dim=1) for x in (scene.anchors, keys)]
     longest = sizes[1].max() if len(keys) else sizes[0].new_zeros(())
     exact = torch.float64 in (scene.anchors.dtype, keys.dtype)
-    narrow = ROUNDING[torch.float64 if exact else keys.dtype]
+    narrow = rounding[torch.float64 if exact else keys.dtype]
     wide = ROUNDING[torch.float64 if exact else torch.float32]
     rows = 8 + 4 * math.sqrt(keys.shape[1])
     inner = rows * narrow * sizes[0] * longest
