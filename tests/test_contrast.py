@@ -345,3 +345,13 @@ def test_float64_is_exact_where_a_positive_is_far_below_the_negatives(impl, samp
         torch.testing.assert_close(loss.detach() - value, excess, rtol=1e-4, atol=1e-14)
         expected = value * torch.sigmoid(value)
         torch.testing.assert_close(grad[0, 0], expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("sampling", ("hardest", "random", "semi_hard"))
+def test_weights_of_selected_negatives_add_up_to_one(sampling):
+    """At similarities of 1e8 float32 rounds Z by whole numbers; weights made of it would not."""
+    anchors = torch.full((3, 257), 1e4 / 257**0.5, requires_grad=True)
+    keys, labels = anchors.detach().repeat(20, 1), torch.arange(60) % 4
+    loss = pico_fast.contrast(anchors, labels[:3], keys, labels, 1.0, sampling, reduction="none")
+    (grad,) = torch.autograd.grad(loss.sum(), anchors)
+    assert (grad.norm(dim=1) <= 2.001e4).all()  # of q mean - pull, each as long as a key at most

@@ -7,9 +7,10 @@ import torch
 from torch.nn.functional import normalize
 
 import pico_fast
-from pico_fast import contrast_any
+from pico_fast import contrast_any, contrast_cpu
 
 SAMPLINGS = ("all", "random", "hardest", "semi_hard")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VALUES = (math.nan, math.inf, -math.inf)
 
 
@@ -87,12 +88,20 @@ def test_keys_in_use_have_to_be_finite(call, value):
     call(anchors, labels, keys, key_labels)
 
 
-def test_elsewhere_a_key_of_nan_makes_nan_of_whom_it_meets():
+def kernels():
+    return pytest.importorskip("pico_fast.contrast_gpu", reason="needs Triton")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "of", (lambda: contrast_any, lambda: contrast_cpu, kernels), ids=("any", "CPU", "Triton")
+)
+def test_elsewhere_a_key_of_nan_makes_nan_of_whom_it_meets(of):
     """Where no check can be made without reading back: never a number that is wrong."""
-    anchors, labels, keys, key_labels = scene(False)
+    anchors, labels, keys, key_labels = scene(False, torch.bfloat16)
     keys[16, 2] = math.nan  # of class 0
-    loss, lse, *_ = contrast_any.contrast_all(
-        anchors, labels, keys, key_labels, None, None, 0.1, True
+    loss, lse, *_ = of().contrast_all(
+        *(x.to(DEVICE) for x in (anchors, labels, keys, key_labels)), None, None, 0.1, True
     )
     used = labels >= 0
     assert loss[used].isnan().all() and not loss[~used].any()
