@@ -1,5 +1,6 @@
 """The bank: pixel embeddings and region embeddings of all classes, gathered over many images."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -286,9 +287,8 @@ class MemoryBank(nn.Module):
         """Append rows to the rings of their classes, in order."""
         classes, rows = entries
         # the largest magnitude is nan or inf if any value is: two passes instead of five
-        finite = rows.abs().amax(1).isfinite()
         used = classes >= 0
-        stored = used & finite
+        stored = used & (rows.abs().amax(1) < math.inf)
         self.refused.add_((used != stored).sum())
         classes = classes.clamp(min=0)
         added = torch.zeros_like(count).scatter_add_(0, classes, stored.long())

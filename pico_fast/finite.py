@@ -14,15 +14,15 @@ torch.library.define(
 def _labels_of_finite(name: str, rows: Tensor, labels: Tensor, refuse: bool) -> Tensor:
     # the largest magnitude is nan or inf if any value is
     largest = torch.linalg.vector_norm(rows, math.inf, dim=1)
-    return torch.where(largest < math.inf, labels, -1)
+    return torch.where(largest < math.inf, labels, labels.clamp(max=-1))
 
 
 def _labels_of_finite_cpu(name: str, rows: Tensor, labels: Tensor, refuse: bool) -> Tensor:
     # a finite sum has finite terms, and costs a tenth of the maximum of each row
-    if rows.sum().isfinite():
+    if rows.sum().abs() < math.inf:
         return labels.clone()
     found = _labels_of_finite(name, rows, labels, refuse)
-    spoiled = (found < 0) & (labels >= 0)
+    spoiled = found != labels
     if refuse and spoiled.any():
         raise ValueError(
             f"{name}: expected finite values in every row with a label of 0 or more, got nan or"
@@ -45,14 +45,14 @@ def finite_anchors(
     anchors: Tensor,  # [A, D]
     anchor_labels: Tensor,  # [A] int64
 ) -> tuple[Tensor, Tensor]:
-    """Labels [A], -1 for each anchor that holds a nan or an infinity, and which these are [A] bool.
+    """Labels [A], -1 for each anchor that holds a nan or an infinity, and which become that [A] bool.
 
     Their loss and gradient are nan, which shows and reaches no other anchor; in batch they are no keys.
     """
     labels = torch.ops.pico_fast.labels_of_finite.default(
         "anchors", anchors.detach(), anchor_labels, False
     )
-    return labels, (labels < 0) & (anchor_labels >= 0)
+    return labels, labels != anchor_labels
 
 
 def check_keys(
