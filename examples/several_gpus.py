@@ -35,9 +35,8 @@ def save(state: dict, folder: Path, step: int) -> None:
     path = folder / f"step-{step}"
     partial = path.with_suffix(".partial")
     if dist.get_rank() == 0:
-        shutil.rmtree(
-            partial, ignore_errors=True
-        )  # a killed run, of more ranks, may have left files
+        # a killed run, of more ranks, may have left files
+        shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
     dcp.save(state, checkpoint_id=str(partial))
     dist.barrier()

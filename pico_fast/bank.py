@@ -72,7 +72,8 @@ class MemoryBank(nn.Module):
     follow the device of the module and keep their dtype, and no wrapper broadcasts or shards them. The
     state of a sharded bank is the whole bank as a DTensor: torch.distributed.checkpoint saves it on N
     ranks and loads it on M, and a state of the whole bank loads into any placement. Its version and its
-    queue sizes stand in it: a bank of another size, or values that no bank can have, are refused whole.
+    queue sizes stand in it: a bank of another size, values that no bank can have, or a state of which
+    something is missing, are refused whole.
 
     Source: PiCo, TPAMI 2024, section 3.3 (pixel queue and region memory).
     """
@@ -317,8 +318,10 @@ class MemoryBank(nn.Module):
     def resize(self, pixel_queue_size: int, region_queue_size: int) -> None:
         """Give both queues another size; of every class the newest entries stay, in their order.
 
-        Several ranks call it together; a sharded bank is brought together on every rank and cut anew. The
-        memory is another one: CUDA graphs have to be captured again.
+        Several ranks call it together; a sharded bank is brought together on every rank and cut anew.
+        `storage` becomes another tensor [C, P + R, D]: CUDA graphs have to be captured again.
+
+        Raises TypeError or ValueError, before anything is changed, for sizes that are no integers >= 0.
         """
         checks.integer("pixel_queue_size", pixel_queue_size, 0)
         checks.integer("region_queue_size", region_queue_size, 0)
@@ -376,24 +379,22 @@ class MemoryBank(nn.Module):
             others, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
         )
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        missing_keys.extend(prefix + name for name in names if name not in found)
-        errors.extend(prefix + error for error in self._take(found))
+        missing = [prefix + name for name in names if name not in found]
+        missing_keys.extend(missing)
+        if not missing:
+            errors.extend(prefix + error for error in self._take(found))
 
     def _take(self, found: dict[str, Tensor]) -> list[str]:
-        """Take a state over whole, or nothing of it and say what speaks against it."""
+        """Take a complete state over, or nothing of it and say what speaks against it."""
         shapes = {name: getattr(self, name).shape for name in _STATE}
         shapes["storage"] = torch.Size((self.num_classes, self.slots, self.embedding_dim))
         wrong = bank_state.errors(found, shapes, self.pixel_queue_size, self.region_queue_size)
         if wrong:
             return wrong
-        state = {name: getattr(self, name) for name in _STATE} | found
-        part = (1, self.first_slot, self.last_slot)
-        storage = (
-            self.ranks.own_part(state["storage"], *part) if "storage" in found else self.storage
-        )
-        labels = self._labels(state["pixel_count"], state["region_count"])
-        wrong = bank_state.storage_errors(storage, labels, self.storage.dtype)
+        own = self.ranks.own_part(found["storage"], 1, self.first_slot, self.last_slot)
+        labels = self._labels(found["pixel_count"], found["region_count"])
+        wrong = bank_state.storage_errors(own, labels, self.storage.dtype)
         if not wrong:
             for name in _STATE:
-                getattr(self, name).copy_(storage if name == "storage" else state[name])
+                getattr(self, name).copy_(own if name == "storage" else found[name])
         return wrong

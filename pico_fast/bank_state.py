@@ -40,7 +40,7 @@ def errors(
     pixel_queue_size: int,
     region_queue_size: int,
 ) -> list[str]:
-    """What speaks against a state for a bank of these shapes and queue sizes; nothing if it fits."""
+    """What speaks against a complete state for a bank of these shapes and queue sizes; [] if it fits."""
     sizes = (pixel_queue_size, region_queue_size)
     return (
         list(_header_errors(found, *sizes))
@@ -50,8 +50,9 @@ def errors(
 
 
 def _header_errors(found: dict[str, object], pixels: int, regions: int) -> Iterator[str]:
-    version, sizes = found.get("version", VERSION), found.get("queue_sizes", [pixels, regions])
-    version, sizes = (x.tolist() if _known(x) else x for x in (version, sizes))
+    version, sizes = (
+        x.tolist() if _known(x) else x for x in (found["version"], found["queue_sizes"])
+    )
     if version != VERSION and not isinstance(version, Tensor):
         yield f"version: expected {VERSION}, got {version!r}: a later pico_fast wrote this state"
     elif sizes != [pixels, regions] and not isinstance(sizes, Tensor):
@@ -63,10 +64,10 @@ def _header_errors(found: dict[str, object], pixels: int, regions: int) -> Itera
 
 def _shape_errors(found: dict[str, object], shapes: dict[str, torch.Size]) -> Iterator[str]:
     for name, shape in shapes.items():
-        value = found.get(name, torch.empty(0))
+        value = found[name]
         kinds = checks.FLOATING if name == "storage" else (torch.int64,)
         fits = isinstance(value, Tensor) and value.shape == shape and value.dtype in kinds
-        if name in found and not fits:
+        if not fits:
             kind = "floating" if name == "storage" else "int64"
             yield f"{name}: expected shape {list(shape)} {kind}, got {checks.describe(value)}"
 
@@ -81,7 +82,7 @@ def _count_errors(found: dict[str, Tensor], pixels: int, regions: int) -> Iterat
         "refused": torch.iinfo(torch.int64).max,
     }
     for name, most in highest.items():
-        value = found.get(name)
+        value = found[name]
         if _known(value) and value.numel():
             low, high = int(value.min()), int(value.max())
             if low < 0 or high > most:

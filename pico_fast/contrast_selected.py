@@ -32,8 +32,8 @@ def _weights(
     w = w / n_positive.clamp(min=1)[:, None]
     q = w.sum(1)
     s = (negative_similarity / temperature).masked_fill(negative_index < 0, -math.inf)
-    # not exp(s - lse): float32 rounds s = 1e8 by whole numbers, and then those would not add up to 1. The
-    # share that mixes have is 0 to the bit where there are none
+    # not exp(s - lse): float32 rounds s = 1e8 by whole numbers, and then those would not add up to 1.
+    # Without mixes lse is this same log-sum, and the share 1 to the bit
     share = torch.exp(s.logsumexp(1, keepdim=True) - lse)
     p = (s.softmax(1) * share).masked_fill((negative_index < 0) | ~usable[:, None], 0.0)
     return -w, p * q[:, None], q
@@ -57,9 +57,9 @@ def contrast_selected(
     chosen, against = positive_index >= 0, negative_index >= 0
     n_positive, n_negative = chosen.sum(1), against.sum(1)
     s = (negative_similarity / temperature).masked_fill(~against, -math.inf)
-    lse = s.logsumexp(1)
+    selected = lse = s.logsumexp(1)
     if mix_lse is not None:
-        lse = torch.logaddexp(lse, mix_lse)
+        lse = torch.logaddexp(selected, mix_lse)
     counted = (n_positive > 0) & (n_negative > 0)
     above = (lse[:, None] - positive_similarity / temperature).masked_fill(~chosen, -math.inf)
     loss = softplus(above, threshold=40.0).sum(1) / n_positive.clamp(min=1)
@@ -75,7 +75,7 @@ def contrast_selected(
         gradient = weighted_rows(keys, index, weight) / temperature
         if mix_lse is not None:
             nothing = torch.zeros_like(gradient)
-            _, mixed = merge_mixes(s.logsumexp(1), nothing, mix_lse, mix_mean)
+            _, mixed = merge_mixes(selected, nothing, mix_lse, mix_mean)
             gradient += q[:, None] * mixed / temperature
     elif want_gradient:
         gradient = torch.zeros_like(anchors, dtype=dtype)

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from pico_fast import checks, reference
 from pico_fast.anchors import draw_anchors
-from pico_fast.contrast import contrast
+from pico_fast.contrast import contrast_rows
+from pico_fast.finite import check_keys
 from pico_fast.labels import labels_on_grid, predictions_on_grid
 from pico_fast.loss import check_batch
 from pico_fast.pixels import gather_pixels
@@ -93,9 +94,11 @@ class PixelContrastLoss(nn.Module):
             keys = queue.flatten(0, 1)
             classes = torch.arange(queue.shape[0], device=queue.device)
             key_labels = classes.repeat_interleave(queue.shape[1])
-        loss = contrast(
-            gather_pixels(feats, pixel), anchor_labels, keys, key_labels, self.temperature
-        )
+            check_keys("queue", keys, key_labels)
+        pairs = (gather_pixels(feats, pixel), anchor_labels, keys, key_labels)
+        of_all = ("all", 1, 1, 1.0, None, False)
+        rows, counted, _, _ = contrast_rows(*pairs, seed, self.temperature, *of_all)
+        loss = rows.sum() / counted.sum().clamp(min=1)
         if self.training:
             self.step.add_(1)
         return loss * self.scale

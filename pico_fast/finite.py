@@ -56,13 +56,14 @@ def finite_anchors(
 
 
 def check_keys(
+    name: str,
     keys: Tensor,  # [K, D]
     key_labels: Tensor,  # [K] int64
 ) -> None:
-    """Raise ValueError on a CPU for a key in use that is not finite.
+    """Raise ValueError on a CPU for a key in use that is not finite; `name` is what the caller calls keys.
 
     Elsewhere the check would read every key once more and synchronise; there a key of nan makes the
     anchors that it is compared with nan.
     """
     if keys.device.type == "cpu":
-        torch.ops.pico_fast.labels_of_finite.default("keys", keys.detach(), key_labels, True)
+        torch.ops.pico_fast.labels_of_finite.default(name, keys.detach(), key_labels, True)

@@ -274,7 +274,7 @@ def check_pairs(
     checks.size("key_labels", key_labels, 0, keys.shape[0], "that of keys")
     checks.same_device("key_labels", key_labels, "anchors", anchors)
     key_labels = key_labels.long()
-    check_keys(keys, key_labels)
+    check_keys("keys", keys, key_labels)
     return anchor_labels.long(), key_labels
 
 

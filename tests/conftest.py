@@ -70,6 +70,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """For tensors so small that more threads gain nothing."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
 class Figures:
     """What tests reached, by promise: counts that add up, and the worst of what was measured."""
 
@@ -115,7 +124,8 @@ def pytest_runtest_logreport(report):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
-    FIGURES.take(*node.workeroutput["figures"])
+    if not error:  # a process that died has told nothing
+        FIGURES.take(*node.workeroutput["figures"])
 
 
 def pytest_sessionfinish(session):

@@ -155,13 +155,15 @@ def test_an_empty_slot_may_hold_anything():
 
 
 @pytest.mark.parametrize("missing", ("version", "queue_sizes", "refused", "storage"))
-def test_a_state_with_something_missing_says_what(missing):
-    state = filled().state_dict()
+def test_a_state_with_something_missing_says_what_and_is_not_taken(missing):
+    state, bank = filled().state_dict(), filled(2)
     del state[missing]
+    before = copy.deepcopy(bank.state_dict())
     with pytest.raises(RuntimeError, match=f'Missing key.*"{missing}"'):
-        make().load_state_dict(state)
-    found = make().load_state_dict(state, strict=False)
+        bank.load_state_dict(state)
+    found = bank.load_state_dict(state, strict=False)
     assert found.missing_keys == [missing]
+    assert all(torch.equal(before[key], value) for key, value in bank.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32, torch.float64))

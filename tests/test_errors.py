@@ -16,6 +16,7 @@ IMAGES = torch.randn(2, 8, 5, 5)
 MAP = torch.randint(0, 3, (2, 5, 5))
 SCORES = torch.randn(2, 3, 5, 5)
 META = {name: value.to("meta") for name, value in (("rows", ROWS), ("map", MAP))}
+NO_QUEUE = torch.randn(3, 4, 8).index_fill_(0, torch.tensor(1), math.nan)
 TOO_HIGH = MAP.clone().index_fill_(2, torch.tensor(0), 3)
 
 
@@ -248,7 +249,13 @@ WRONG_METHODS = {
         "feats": NO_IMAGES,
         "labels": (*NO_MAP, MAP[:1], META["map"]),
         "predict": [p for p in NO_PREDICTIONS if p is not NO_PREDICTIONS[1]],
-        "queue": ("queue", torch.randn(3, 4), torch.randn(3, 4, 7), torch.ones(3, 4, 8).long()),
+        "queue": (
+            "queue",
+            torch.randn(3, 4),
+            torch.randn(3, 4, 7),
+            torch.ones(3, 4, 8).long(),
+            NO_QUEUE,
+        ),
     },
 }
 

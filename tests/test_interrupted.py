@@ -20,17 +20,9 @@ from interrupted_training import CPU, Disk, checkpoint
 
 import pico_fast
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors as small as these gain nothing from more."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
 
 
 def values(x: object, where: str = "") -> dict[str, object]:

@@ -17,6 +17,7 @@ ROWS, LABELS = normalize(torch.randn(12, 16), dim=1), torch.arange(12) % 4
 KEYS, KEY_LABELS = normalize(torch.randn(60, 16), dim=1), torch.arange(60) % 5 - 1
 IMAGES = normalize(torch.randn(2, 16, 6, 6), dim=1)
 MAP, SCORES = torch.randint(-1, 4, (2, 6, 6)), torch.randn(2, 4, 6, 6)
+QUEUE = normalize(torch.randn(4, 5, 16), dim=2)
 MIXES = pico_fast.Synthesis(4, 3, 8)
 
 
@@ -30,10 +31,6 @@ def criterion(sampling="semi_hard", **options):
 
 def dropin():
     return pico_fast.PixelContrastLoss(num_classes=4, max_views=2)
-
-
-def queue():
-    return normalize(torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(1)), dim=2)
 
 
 # everything public that is differentiated, as a function of embeddings and of one more tensor
@@ -58,7 +55,7 @@ CALLS = {
     },
     "joint": (lambda x: pico_fast.JointLoss(criterion())(SCORES, x, MAP), IMAGES),
     "drop-in": (lambda x: dropin()(x, MAP, SCORES), IMAGES),
-    "drop-in with a queue": (lambda x: dropin()(x, MAP, SCORES, queue()), IMAGES),
+    "drop-in with a queue": (lambda x: dropin()(x, MAP, SCORES, QUEUE), IMAGES),
     "region_pool": (lambda x: pico_fast.region_pool(x, MAP, 4)[0].square().sum(), IMAGES),
 }
 CALL = pytest.mark.parametrize("call", CALLS)
@@ -178,7 +175,7 @@ def test_transforms_are_right_or_an_error(call, transform, figures):
     try:
         found = transformed()
     except (RuntimeError, NotImplementedError) as error:
-        assert str(error)
+        assert "functorch" in str(error) or "forward-mode" in str(error)
     else:
         if transform == "vmap":
             expected = torch.stack([function(x), function(x.flip(0))])
@@ -241,8 +238,7 @@ def test_another_default_dtype_changes_nothing(call, dtype, figures):
     expected = value_and_gradient(call)
     torch.set_default_dtype(dtype)
     try:
-        if "queue" not in call:  # which is drawn in it
-            same(value_and_gradient(call), expected)
+        same(value_and_gradient(call), expected)
     finally:
         torch.set_default_dtype(torch.float32)
     figures.add("misuse", "circumstances")

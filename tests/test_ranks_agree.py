@@ -356,3 +356,17 @@ def test_a_nan_on_one_rank_is_refused_by_all_and_spoils_none(placement, sampling
             spoiled = rank == 1 and step == 1
             kept = grad.movedim(1, 3)[others] if spoiled else grad
             assert loss.isnan() == spoiled and kept.isfinite().all()
+
+
+def test_a_recorded_backward_raises_on_shards_too(monkeypatch):
+    def work(rank):
+        criterion = make(sampling="all", placement="sharded")
+        embeddings, labels = batch(2, rank)
+        criterion(embeddings, labels)
+        x = embeddings.requires_grad_()
+        with pytest.raises(
+            RuntimeError, match="contrast: expected a backward without create_graph"
+        ):
+            torch.autograd.grad(criterion(x, labels), x, create_graph=True)
+
+    virtual_ranks.run(2, work, monkeypatch)

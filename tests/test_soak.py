@@ -29,6 +29,7 @@ import pico_fast
 # the compiler lists torch's functions once; it must see the true ones, before a fixture wraps any
 torch._dynamo.trace_rules.get_torch_obj_rule_map()
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 LIBC = ctypes.CDLL(None)
 CLASSES, CHANNELS = 5, 16
@@ -36,15 +37,6 @@ CLASSES, CHANNELS = 5, 16
 MOST_BYTES, MOST_OBJECTS = 16, 0.1
 # resident memory is also what is free in pieces; 100 bytes left behind by each of 7,680 steps are more
 MOST_RESIDENT = 2**19
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors as small as these gain nothing from more."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:

@@ -182,9 +182,10 @@ def page(found: dict) -> str:
 
 def take(path: Path, start: float) -> None:
     """Keep what a run reached, with the machine it ran on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     machine = f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}"
     found = {
-        "machine": f"{machine}, torch {torch.__version__}, triton {triton.__version__}, no GPU",
+        "machine": f"{machine}, torch {torch.__version__}, triton {triton.__version__}, {gpu}",
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(time.time() - start),
         "figures": json.loads(path.read_text()),
