@@ -14,6 +14,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <type_traits>
 
 #if defined(__GNUC__)
 #define PICO_FAST_INLINE __attribute__((always_inline))
@@ -88,15 +91,48 @@ void with_dtypes(const Tensor& rows, const Tensor& keys, F&& call) {
   }
 }
 
-// index: dense int64, -1 where there is none
-inline const int64_t* checked_index(const Tensor& index, int64_t K) {
+// index: dense int64 of keys, or -1 where `least` allows it
+inline const int64_t* checked_index(const Tensor& index, int64_t K, int64_t least = -1) {
   STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long, "index: expected int64");
   STD_TORCH_CHECK(K < INT32_MAX, "keys: expected fewer than 2^31");
   const auto* at = static_cast<const int64_t*>(index.const_data_ptr());
   const bool inside =
-      std::all_of(at, at + index.numel(), [=](int64_t k) { return k >= -1 && k < K; });
+      std::all_of(at, at + index.numel(), [=](int64_t k) { return k >= least && k < K; });
   STD_TORCH_CHECK(inside, "index: expected indices of keys, or -1");
   return at;
+}
+
+// call(S{}): S the dtype of similarities.
+template <typename F>
+void with_precision(const Tensor& similarity, F&& call) {
+  if (similarity.scalar_type() == ScalarType::Double) return call(double{});
+  STD_TORCH_CHECK(similarity.scalar_type() == ScalarType::Float,
+                  "similarity: expected float32 or float64");
+  call(float{});
+}
+
+// What an op is to write in place, or reads as it lies: of these sizes, dense, and of values V.
+template <typename V>
+V* in_place(const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* name) {
+  constexpr auto dtype = std::is_same_v<V, double>  ? ScalarType::Double
+                         : std::is_same_v<V, float> ? ScalarType::Float
+                                                    : ScalarType::Long;
+  const auto found = tensor.sizes();
+  STD_TORCH_CHECK(found.size() == sizes.size() &&
+                      std::equal(sizes.begin(), sizes.end(), found.begin()) &&
+                      tensor.is_contiguous() && tensor.scalar_type() == dtype,
+                  name, ": expected a dense tensor of another size or dtype");
+  return static_cast<V*>(tensor.mutable_data_ptr());
+}
+
+// which [w] int64 or none, then one key for each of w columns: the keys [*, D] of a tile
+inline const int64_t* checked_which(const Tensor& keys, const std::optional<Tensor>& which,
+                                    int64_t w) {
+  STD_TORCH_CHECK(keys.dim() == 2 && keys.is_contiguous(), "keys: expected dense [K, D]");
+  STD_TORCH_CHECK(which || keys.size(0) == w, "keys: expected one for each column");
+  if (!which) return nullptr;
+  in_place<int64_t>(*which, {w}, "which");
+  return checked_index(*which, keys.size(0), 0);
 }
 
 }  // namespace pico_fast

@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -141,15 +140,16 @@ S mix_one(const S* anchor, int64_t D, double temperature, Scratch<S, T>& scratch
   return static_cast<S>(lse);
 }
 
-// anchors [A, D], keys [K, D] or none: the anchors, pool_index [A, pool] int64 into keys, -1 for
-// none, seed [] int64 -> log-sum of exp(product / temperature) over an anchor's mixes [A], softmax
-// mean [A, D]
-std::tuple<Tensor, Tensor> mix_negatives(const Tensor& anchors_, const std::optional<Tensor>& keys_,
-                                         const Tensor& pool_index_, int64_t negative_negative,
-                                         int64_t negative_anchor, double temperature,
-                                         const Tensor& seed) {
-  const Tensor keys = torch::stable::contiguous(keys_.value_or(anchors_));
+// anchors [A, D], keys [K, D], pool_index [A, pool] int64 into keys, -1 for none, row [A] int64:
+// the number of an anchor in its draws, seed [] int64 -> log-sum of exp(product / temperature) over
+// an anchor's mixes [A], softmax mean [A, D]
+std::tuple<Tensor, Tensor> mix_negatives(const Tensor& anchors_, const Tensor& keys_,
+                                         const Tensor& pool_index_, const Tensor& row_,
+                                         int64_t negative_negative, int64_t negative_anchor,
+                                         double temperature, const Tensor& seed) {
+  const Tensor keys = torch::stable::contiguous(keys_);
   const Tensor pool_index = torch::stable::contiguous(pool_index_);
+  const Tensor numbers = torch::stable::contiguous(row_);
   const bool precise =
       anchors_.scalar_type() == ScalarType::Double || keys.scalar_type() == ScalarType::Double;
   const Tensor anchors = torch::stable::contiguous(
@@ -161,6 +161,7 @@ std::tuple<Tensor, Tensor> mix_negatives(const Tensor& anchors_, const std::opti
   STD_TORCH_CHECK(negative_negative >= 0 && negative_negative <= UINT32_MAX &&
                       negative_anchor >= 0 && negative_anchor <= UINT32_MAX,
                   "mixes: expected 0 to 2^32 - 1");
+  const int64_t* number = in_place<int64_t>(numbers, {A}, "row");
   const int64_t* picked = checked_index(pool_index, keys.size(0));
   const uint32_t state = fold_seed(seed);
   const Counts counts{negative_negative, negative_anchor};
@@ -184,7 +185,7 @@ std::tuple<Tensor, Tensor> mix_negatives(const Tensor& anchors_, const std::opti
         scratch.pool.clear();
         for (const int64_t k : index) scratch.pool.push_back(all + k * D);
         const auto size = static_cast<int64_t>(index.size());
-        draw(state, static_cast<uint32_t>(i), counts, size, scratch.mixes);
+        draw(state, static_cast<uint32_t>(number[i]), counts, size, scratch.mixes);
         lses[i] = mix_one(row + i * D, D, temperature, scratch, means + i * D);
       }
     });

@@ -36,7 +36,7 @@ NEGATIVES = {
     (86, 2, 64): Launch(64, 64, 4, 3),
     (86, 2, 128): Launch(128, 64, 8, 4),
     (86, 2, 256): Launch(64, 64, 8, 2),
-    (86, 2, 512): Launch(32, 32, 8, 2),
+    (86, 2, 512): Launch(32, 16, 8, 2),
     (86, 4, 64): Launch(32, 32, 8, 2),
     (86, 4, 128): Launch(64, 64, 8, 2),
     (86, 4, 256): Launch(32, 32, 4, 2),
@@ -62,7 +62,6 @@ NEGATIVES = {
 # The same with keys in any order, with a running maximum, or with channels between the columns, where
 # that needs more registers.
 NEGATIVES_WIDE = {
-    (86, 2, 512): Launch(32, 16, 8, 2),
     (90, 2, 64): Launch(64, 64, 8, 3),
     (90, 2, 256): Launch(64, 64, 8, 3),
     (90, 4, 256): Launch(32, 32, 4, 2),
@@ -86,18 +85,18 @@ POSITIVES = {
 
 # The keys' side of the gradient: anchors of a step, keys of a block.
 KEYS_GRAD = {
-    (2, 64): Launch(64, 32, 8, 2),
+    (2, 64): Launch(32, 32, 4, 2),
     (2, 128): Launch(64, 32, 8, 2),
     (2, 256): Launch(64, 32, 8, 2),
     (2, 512): Launch(16, 32, 8, 2),
     (4, 64): Launch(64, 32, 8, 2),
-    (4, 128): Launch(32, 32, 8, 2),
+    (4, 128): Launch(32, 16, 4, 2),
     (4, 256): Launch(32, 32, 8, 2),
     (4, 512): Launch(16, 16, 4, 2),
 }
 
-# The walks of selection: anchors of a block, keys of a tile.
-SELECTION = {
+# The walks of `hardest`: anchors of a block, keys of a tile.
+HARDEST = {
     (2, 64): Launch(64, 32, 8, 2),
     (2, 128): Launch(64, 64, 8, 3),
     (2, 256): Launch(64, 64, 8, 2),
@@ -107,8 +106,8 @@ SELECTION = {
     (4, 256): Launch(64, 32, 8, 1),
 }
 
-# kernels that add up splits: rows of a block
-ENDS = Launch(4, 0, 4, 1)
+# merge_kernel: rows of a block
+MERGE = Launch(4, 0, 4, 1)
 
 
 def _width(channels: int) -> int:
@@ -143,15 +142,11 @@ def keys_grad(dtype: torch.dtype, channels: int) -> Launch:
     return KEYS_GRAD[dtype.itemsize, _width(channels)]
 
 
-def selection(dtype: torch.dtype, channels: int) -> Launch:
-    """Settings of the walks of selection."""
-    return SELECTION[dtype.itemsize, _width(channels)]
-
-
-# Warps of draw_kernel: its nine counts of digits are all inlined.
-DRAW_WARPS = 8
+def hardest(dtype: torch.dtype, channels: int) -> Launch:
+    """Settings of the walks of `hardest`."""
+    return HARDEST[dtype.itemsize, _width(channels)]
 
 
 def order_warps(capacity: int) -> int:
-    """Warps of order_kernel, which holds all of an anchor's candidates in registers."""
+    """Warps of a program that holds so many values of an anchor in registers."""
     return min(16, max(4, capacity // 512))

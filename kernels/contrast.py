@@ -1,13 +1,15 @@
-"""Contrast with all keys in Triton: one pass over the negatives, one over the own class.
+"""Contrast without bounds in Triton: one pass over the negatives, one over each anchor's own class.
 
-Anchors and keys stand class by class, so "same class" is a range of positions. A position is a row of
-`keys`, or with GATHER an entry of `key_order`, which holds the row. Positions in use come in spans.
+Anchors and positions of keys stand class by class (`pico_fast.selection.layout`), so "same class" is a
+range of positions. A position is a row of `keys`, or with `key_order` its entry there holds the row.
+Positions in use come in spans.
 
     negatives_kernel   anchors x a split of the spans: each tile of keys feeds both products, s = q kᵀ and
                        p k, so the sums of p and of p k come out of one reading of the keys
     positives_kernel   anchors x own class: loss, weights w and the sum of w k
+    keys_grad_kernel   keys x anchors: one side of the gradient of the keys
 
-What comes after each of them stands in `contrast_ends`.
+Splits of the negatives are added up in `merge`.
 
 Exponents are to base 2, shifted by `top`: the row's bound |q| / temperature, which makes sums of all
 splits addable and needs no maximum; or, with RUNNING, the maximum so far. The bound holds for unit
@@ -17,179 +19,104 @@ device, and only then a second launch, with RUNNING, does any work.
 
 import triton
 import triton.language as tl
+from pico_fast.kernels.rows import (
+    INT32_MAX,
+    load_queries,
+    load_rows,
+    load_tile,
+    own_range,
+    store_block,
+)
 
-# kernels run as Python, on tensors of any device: TRITON_INTERPRET=1, for tests without a GPU
-INTERPRETED = triton.knobs.runtime.interpret
-
-
-@triton.jit
-def load_rows(
-    matrix,  # [n, D]
-    rows,  # [R] integer
-    used,  # [R] bool
-    stride,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Rows [R, BD]: zero where unused, whatever stands there, and behind column D."""
-    columns = tl.arange(0, BD)
-    at = matrix + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    if BD == D:
-        there = used[:, None]
-    else:
-        there = used[:, None] & (columns < D)[None, :]
-    return tl.load(at, mask=there, other=0.0)
-
-
-@triton.jit
-def load_block(
-    matrix,  # [n, D] without gaps, or a descriptor of its blocks [R, BD]
-    first,
-    R: tl.constexpr,
-    n,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Rows first to first + R: [R, BD], zero behind the last and behind column D."""
-    if TMA:
-        out = matrix.load([first, 0])
-    else:
-        rows = first + tl.arange(0, R)
-        out = load_rows(matrix, rows, rows < n, D, D, BD)
-    return out
-
-
-@triton.jit
-def store_block(
-    parts,  # [splits, n, D]
-    block,  # [R, BD]
-    split,
-    first,
-    R: tl.constexpr,
-    n,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Write rows first to first + R of one split's part."""
-    rows = first + tl.arange(0, R)
-    columns = tl.arange(0, BD)
-    start = parts + (split.to(tl.int64) * n + first) * D
-    offset = tl.arange(0, R)[:, None] * D + columns[None, :]
-    if BD == D:
-        there = (rows < n)[:, None]
-    else:
-        there = (rows < n)[:, None] & (columns < D)[None, :]
-    tl.store(start + offset, block, mask=there)
-
-
-@triton.jit
-def load_keys(
-    keys,  # [K, D], or a descriptor of its blocks [BN, BD]
-    key_order,  # [K] int64: row of each position, with GATHER
-    positions,  # [BN] int32, neighbours
-    first,
-    end,
-    stride,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    GATHER: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Keys [BN, BD] of neighbouring positions; behind `end` zeros, with TMA other keys."""
-    if TMA:
-        k = keys.load([first, 0])
-    else:
-        used = positions < end
-        rows = positions
-        if GATHER:
-            rows = tl.load(key_order + positions, mask=used, other=0)
-        k = load_rows(keys, rows, used, stride, D, BD)
-    return k
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def negatives_kernel(
-    queries,  # [A, D] in the product's type, class by class, empty slots last and 0; or a descriptor
+    queries,  # [A, D] in the product's type, class by class, 0 in empty slots
+    query_blocks,  # a descriptor of its blocks, or None
     bound,  # [A] float32, |q| / temperature to base 2
-    low,  # [A] int32, first position of the own class; -1: an empty slot
-    high,  # [A] int32, one past its last
-    keys,  # [K, D], or a descriptor of its blocks
-    key_order,  # [K] int64, with GATHER
-    spans,  # [n_spans, 2] int32, first position and length
-    tiles,  # [n_spans + 1] int32, tiles of BN before each span
-    bounds,  # [splits + 1] int32, first tile of each split
-    first_span,  # [splits] int32, where that tile lies
+    anchor_class,  # [A] int64, empty slots last and -1
+    ranges,  # [C, PARTS, 2] int64
+    keys,  # [K, D]
+    key_blocks,  # a descriptor of its blocks; spans are then whole tiles. Or None
+    key_order,  # [W] int64, or None
+    spans,  # [n, 2] int64, first position and length of what is in use
+    tiles,  # [n] int64, tiles of BN up to and with each span
+    split_tiles,  # [splits + 1] int64, first tile of each split
+    split_span,  # [splits] int64, where that tile lies
+    flag,  # [1] int32: nothing happens unless it is set; or None
     top,  # [splits, A] float32, out: what exponents are shifted by
     total,  # [splits, A] float32, out: sum of exp2(s - top)
     away,  # [splits, A] float32, out: sum of the inner products
-    mean,  # [splits, A, D] float32, out: sum of exp2(s - top) k
-    flag,  # [1] int32: with RUNNING_IF_FLAGGED nothing happens unless it is set
+    mean,  # [splits, A, D] float32, out: sum of exp2(s - top) k; or None
     n_anchors,
     key_stride,
     scale,  # log2(e) / temperature
+    PARTS: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
-    GATHER: tl.constexpr,
-    TMA: tl.constexpr,
-    TMA_QUERIES: tl.constexpr,
     RUNNING: tl.constexpr,
-    RUNNING_IF_FLAGGED: tl.constexpr,
-    WANT_MEAN: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    LIFT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    if RUNNING_IF_FLAGGED:
+    if flag is not None:
         if tl.load(flag) == 0:
             return
     # anchors fastest: the blocks of one split are under way together and share its keys in the L2
     n_blocks = tl.cdiv(n_anchors, BM)
     block, split = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks
     rows = block * BM + tl.arange(0, BM)
-    mine = tl.load(low + rows, mask=rows < n_anchors, other=-1)
-    behind = tl.load(high + rows, mask=rows < n_anchors, other=-1)
-    used = mine >= 0
-    own_end = tl.max(behind, 0)
-    if own_end < 0:
+    own_begin, own_end = own_range(anchor_class, ranges, rows, n_anchors, PARTS)
+    block_end = tl.max(own_end, 0)
+    if block_end < 0:
         return  # nothing but empty slots: nobody reads what is not written
-    own_first = tl.min(tl.where(used, mine, 2147483647), 0)
-    q = load_block(queries, block * BM, BM, n_anchors, D, BD, TMA_QUERIES)
+    block_begin = tl.min(tl.where(own_begin >= 0, own_begin, INT32_MAX), 0)
+    q = load_queries(queries, query_blocks, block * BM, BM, n_anchors, D, BD)
     if RUNNING:
         shift = tl.full([BM], float("-inf"), tl.float32)
     else:
-        shift = tl.load(bound + rows, mask=used, other=0.0)
+        shift = tl.load(bound + rows, mask=rows < n_anchors, other=0.0)
     sums = tl.zeros([BM], tl.float32)
     products = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
+    # float16 has few exponents: its weights are lifted
+    lift: tl.constexpr = 14.0 if q.dtype == tl.float16 else 0.0
 
-    tile = tl.load(bounds + split)
-    stop = tl.load(bounds + split + 1)
-    span = tl.load(first_span + split)
+    tile = tl.load(split_tiles + split).to(tl.int32)
+    stop = tl.load(split_tiles + split + 1).to(tl.int32)
+    span = tl.load(split_span + split).to(tl.int32)
     while tile < stop:
-        begin = tl.load(tiles + span)
-        last = tl.minimum(tl.load(tiles + span + 1), stop)
-        start = tl.load(spans + 2 * span)
-        end = start + tl.load(spans + 2 * span + 1)
-        for j in tl.range(tile - begin, last - begin, num_stages=STAGES):
+        start = tl.load(spans + 2 * span).to(tl.int32)
+        length = tl.load(spans + 2 * span + 1).to(tl.int32)
+        end = start + length
+        upto = tl.load(tiles + span).to(tl.int32)
+        before = upto - tl.cdiv(length, BN)
+        last = tl.minimum(upto, stop)
+        for j in tl.range(tile - before, last - before, num_stages=STAGES):
             first = start + j * BN
-            at = first + tl.arange(0, BN)
-            k = load_keys(keys, key_order, at, first, end, key_stride, D, BD, GATHER, TMA)
-            k = k.to(PRODUCT)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            position = first + tl.arange(0, BN)
+            k, _ = load_tile(
+                keys, key_blocks, key_order, first, position, position < end, key_stride, D, BD
+            )
+            k = k.to(q.dtype)
+            s = tl.dot(q, tl.trans(k), input_precision="tf32")
             # only the few tiles that touch an own class or the end of a span pay for a mask
-            touched = ((first < own_end) & (first + BN > own_first)) | (first + BN > end)
+            touched = (first < block_end) & (first + BN > block_begin)
+            if key_blocks is None:
+                touched = touched | (first + BN > end)
             if RUNNING:
                 logits = s * scale
                 if touched:
-                    other = (at[None, :] < mine[:, None]) | (at[None, :] >= behind[:, None])
-                    other = other & (at < end)[None, :]
+                    other = (position[None, :] < own_begin[:, None]) | (
+                        position[None, :] >= own_end[:, None]
+                    )
+                    if key_blocks is None:
+                        other = other & (position < end)[None, :]
                     logits = tl.where(other, logits, float("-inf"))
                     s = tl.where(other, s, 0.0)
-                new = tl.maximum(shift, tl.max(logits, 1) - LIFT)
+                new = tl.maximum(shift, tl.max(logits, 1) - lift)
                 # a row without a negative yet stays at -inf, and -inf - -inf would be nan
                 safe = tl.where(new == float("-inf"), 0.0, new)
                 fade = tl.exp2(shift - safe)
@@ -200,24 +127,29 @@ def negatives_kernel(
             else:
                 p = tl.exp2(s * scale - shift[:, None])
                 if touched:
-                    other = (at[None, :] < mine[:, None]) | (at[None, :] >= behind[:, None])
-                    other = other & (at < end)[None, :]
+                    other = (position[None, :] < own_begin[:, None]) | (
+                        position[None, :] >= own_end[:, None]
+                    )
+                    if key_blocks is None:
+                        other = other & (position < end)[None, :]
                     p = tl.where(other, p, 0.0)
                     s = tl.where(other, s, 0.0)
             sums += tl.sum(p, 1)
             products += tl.sum(s, 1)
-            if WANT_MEAN:
-                acc = tl.dot(p.to(PRODUCT), k, acc, input_precision=PRECISION)
-        tile = tl.maximum(tile, last)
+            if mean is not None:
+                acc = tl.dot(p.to(q.dtype), k, acc, input_precision="tf32")
+        tile = last
         span += 1
 
-    out = split * n_anchors + rows
-    inside = rows < n_anchors
-    tl.store(top + out, shift, mask=inside)
-    tl.store(total + out, sums, mask=inside)
-    tl.store(away + out, products, mask=inside)
-    if WANT_MEAN:
-        store_block(mean, acc, split, block * BM, BM, n_anchors, D, BD)
+    # rows again, which no register need hold through the loop; offsets from one address on are short
+    row = tl.arange(0, BM)
+    inside = block * BM + row < n_anchors
+    out_block = split.to(tl.int64) * n_anchors + block * BM
+    tl.store(top + out_block + row, shift, mask=inside)
+    tl.store(total + out_block + row, sums, mask=inside)
+    tl.store(away + out_block + row, products, mask=inside)
+    if mean is not None:
+        store_block(mean, acc, out_block, inside, D, BD)
 
 
 @triton.jit
@@ -230,87 +162,139 @@ def softplus(x):
 
 @triton.jit
 def positives_kernel(
-    queries,  # [A, D] in the product's type, class by class; or a descriptor
-    low,  # [A] int32, -1: an empty slot
-    high,  # [A] int32
-    low_span,  # [A] int32, first span of the own class
-    high_span,  # [A] int32, one past its last
-    keys,  # [K, D], or a descriptor of its blocks
-    key_order,  # [K] int64, with GATHER
-    spans,  # [n_spans, 2] int32
-    lse,  # [A] float32 in class order
+    queries,  # [A, D] in the product's type, class by class, 0 in empty slots
+    query_blocks,  # a descriptor of its blocks, or None
+    anchor_class,  # [A] int64, empty slots last and -1
+    ranges,  # [C, PARTS, 2] int64
+    keys,  # [K, D]
+    key_order,  # [W] int64, or None
+    own_key,  # [A] int64, the key that an anchor is itself; or None
+    lse,  # [A] float32
     loss,  # [splits, A] float32, out: sum of softplus(Z - s)
     weight,  # [splits, A] float32, out: sum of w = sigmoid(Z - s)
     similar,  # [splits, A] float32, out: sum of the inner products
-    pull,  # [splits, A, D] float32, out: sum of w k
+    pull,  # [splits, A, D] float32, out: sum of w k; or None
     n_anchors,
     splits,
+    key_stride,
+    scale,  # 1 / temperature
+    PARTS: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    n_blocks = tl.cdiv(n_anchors, BM)
+    block, split = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks
+    rows = block * BM + tl.arange(0, BM)
+    inside = rows < n_anchors
+    own = tl.load(anchor_class + rows, mask=inside, other=-1).to(tl.int32)
+    used = own >= 0
+    q = load_queries(queries, query_blocks, block * BM, BM, n_anchors, D, BD)
+    z = tl.load(lse + rows, mask=used, other=float("-inf"))
+    if own_key is not None:
+        itself = tl.load(own_key + rows, mask=used, other=-1).to(tl.int32)
+    losses = tl.zeros([BM], tl.float32)
+    weights = tl.zeros([BM], tl.float32)
+    products = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    # w is at most 1; float16 keeps more of a small one if it is lifted
+    lift: tl.constexpr = 16384.0 if q.dtype == tl.float16 else 1.0
+
+    behind = tl.max(own, 0) + 1
+    first_class = tl.min(tl.where(used, own, behind), 0)
+    for part in range(first_class * PARTS, behind * PARTS):
+        start = tl.load(ranges + 2 * part).to(tl.int32)
+        length = tl.load(ranges + 2 * part + 1).to(tl.int32)
+        end = start + length
+        # between two classes of this block may lie classes without an anchor in it
+        mine = own == part // PARTS
+        tiles = tl.where(tl.max(mine.to(tl.int32), 0) > 0, tl.cdiv(length, BN), 0)
+        for j in tl.range(split, tiles, splits, num_stages=STAGES):
+            first = start + j * BN
+            position = first + tl.arange(0, BN)
+            there = position < end
+            k, key_rows = load_tile(
+                keys, None, key_order, first, position, there, key_stride, D, BD
+            )
+            k = k.to(q.dtype)
+            s = tl.dot(q, tl.trans(k), input_precision="tf32")
+            pair = mine[:, None] & there[None, :]
+            if own_key is not None:
+                pair = pair & (key_rows.to(tl.int32)[None, :] != itself[:, None])
+            above = tl.where(pair, z[:, None] - s * scale, float("-inf"))
+            losses += tl.sum(softplus(above), 1)
+            products += tl.sum(tl.where(pair, s, 0.0), 1)
+            w = 1.0 / (1.0 + tl.exp(-above))
+            weights += tl.sum(w, 1)
+            if pull is not None:
+                acc = tl.dot((w * lift).to(q.dtype), k, acc, input_precision="tf32")
+    row = tl.arange(0, BM)
+    out_block = split.to(tl.int64) * n_anchors + block * BM
+    tl.store(loss + out_block + row, losses, mask=inside)
+    tl.store(weight + out_block + row, weights, mask=inside)
+    tl.store(similar + out_block + row, products, mask=inside)
+    if pull is not None:
+        store_block(pull, acc / lift, out_block, inside, D, BD)
+
+
+@triton.jit
+def keys_grad_kernel(
+    queries,  # [A, D] in the product's type, class by class
+    anchor_class,  # [A] int64, -1: an empty slot
+    keys,  # [K, D]
+    key_order,  # [W] int64, or None
+    key_class,  # [W] int64, class at each position; -1: in no range
+    own_begin,  # [C] int64, first anchor of each class; None: with the anchors of all others
+    own_end,  # [C] int64, one past its last; or None
+    own_key,  # [A] int64, or None
+    lse,  # [A] float32
+    factor,  # [A] float32
+    out,  # [K, D] float32, zeroed, out: the gradient of one side
+    n_anchors,
+    n_positions,
     key_stride,
     scale,  # 1 / temperature
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    STAGES: tl.constexpr,
-    GATHER: tl.constexpr,
-    TMA: tl.constexpr,
-    TMA_QUERIES: tl.constexpr,
-    IN_BATCH: tl.constexpr,
-    WANT_PULL: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    LIFT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):
-    n_blocks = tl.cdiv(n_anchors, BM)
-    block, split = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks
-    rows = block * BM + tl.arange(0, BM)
-    inside = rows < n_anchors
-    mine = tl.load(low + rows, mask=inside, other=-1)
-    behind = tl.load(high + rows, mask=inside, other=-1)
-    used = mine >= 0
-    own_end = tl.max(behind, 0)
-    if own_end < 0:
-        return
-    own_first = tl.min(tl.where(used, mine, 2147483647), 0)
-    q = load_block(queries, block * BM, BM, n_anchors, D, BD, TMA_QUERIES)
-    z = tl.load(lse + rows, mask=used, other=float("-inf"))
-    losses = tl.zeros([BM], tl.float32)
-    weights = tl.zeros([BM], tl.float32)
-    products = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, BD], tl.float32)
-    # w is at most 1; float16 keeps more of a small one if it is lifted
-    lift = tl.exp2(LIFT * 1.0)
-
-    first_span = tl.min(tl.load(low_span + rows, mask=used, other=2147483647), 0)
-    last_span = tl.max(tl.load(high_span + rows, mask=used, other=0), 0)
-    for span in range(first_span, last_span):
-        start = tl.load(spans + 2 * span)
-        end = tl.minimum(start + tl.load(spans + 2 * span + 1), own_end)
-        start = tl.maximum(start, own_first)
-        tiles = tl.cdiv(tl.maximum(end - start, 0), BN)
-        overlap = tl.where(used, tl.minimum(end, behind) - tl.maximum(start, mine), 0)
-        if tl.max(overlap, 0) <= 0:
-            tiles = 0  # between two classes of this block lie classes without an anchor in it
-        for j in tl.range(split, tiles, splits, num_stages=STAGES):
-            first = start + j * BN
-            at = first + tl.arange(0, BN)
-            k = load_keys(keys, key_order, at, first, end, key_stride, D, BD, GATHER, TMA)
-            k = k.to(PRODUCT)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            own = (at[None, :] >= mine[:, None]) & (at[None, :] < behind[:, None])
-            own = own & (at < end)[None, :]
-            if IN_BATCH:  # position and place in class order are one: a row never with itself
-                own = own & (at[None, :] != rows[:, None])
-            above = tl.where(own, z[:, None] - s * scale, float("-inf"))
-            losses += tl.sum(softplus(above), 1)
-            products += tl.sum(tl.where(own, s, 0.0), 1)
-            w = 1.0 / (1.0 + tl.exp(-above))
-            weights += tl.sum(w, 1)
-            if WANT_PULL:
-                acc = tl.dot((w * lift).to(PRODUCT), k, acc, input_precision=PRECISION)
-    out = split * n_anchors + rows
-    tl.store(loss + out, losses, mask=inside)
-    tl.store(weight + out, weights, mask=inside)
-    tl.store(similar + out, products, mask=inside)
-    if WANT_PULL:
-        store_block(pull, acc / lift, split, block * BM, BM, n_anchors, D, BD)
+    first = tl.program_id(0) * BN
+    position = first + tl.arange(0, BN)
+    of = tl.load(key_class + position, mask=position < n_positions, other=-1).to(tl.int32)
+    there = of >= 0
+    k, key_rows = load_tile(keys, None, key_order, first, position, there, key_stride, D, BD)
+    k = k.to(queries.dtype.element_ty)
+    acc = tl.zeros([BN, BD], tl.float32)
+    begin, end = 0, n_anchors
+    if own_begin is not None:  # some neighbouring classes, whose anchors are neighbours
+        begin = tl.min(tl.load(own_begin + of, mask=there, other=INT32_MAX), 0).to(tl.int32)
+        end = tl.max(tl.load(own_end + of, mask=there, other=0), 0).to(tl.int32)
+    for start in range(begin, end, BM):
+        rows = start + tl.arange(0, BM)
+        own = tl.load(anchor_class + rows, mask=rows < n_anchors, other=-1).to(tl.int32)
+        used = own >= 0
+        q = load_rows(queries, rows, used, D, D, BD)
+        z = tl.load(lse + rows, mask=used, other=float("-inf"))
+        f = tl.load(factor + rows, mask=used, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision="tf32")
+        far = (z[None, :] - s * scale) * LOG2E
+        pair = there[:, None] & (used & (z != float("-inf")))[None, :]
+        same = of[:, None] == own[None, :]
+        if own_begin is not None:
+            pair = pair & same
+            if own_key is not None:
+                itself = tl.load(own_key + rows, mask=used, other=-1).to(tl.int32)
+                pair = pair & (key_rows.to(tl.int32)[:, None] != itself[None, :])
+            c = -f[None, :] / (1.0 + tl.exp2(-far))
+        else:
+            pair = pair & (same == 0)
+            c = f[None, :] * tl.exp2(-far)
+        c = tl.where(pair, c, 0.0)
+        acc = tl.dot(c.to(WEIGHTS), q.to(WEIGHTS), acc, input_precision="tf32")
+    columns = tl.arange(0, BD)
+    offset = key_rows.to(tl.int64)[:, None] * D + columns[None, :]
+    tl.store(out + offset, acc, mask=there[:, None] & (columns < D)[None, :])

@@ -2,15 +2,15 @@
 
 from pico_fast import on_gpu as _on_gpu  # noqa: F401  (registers the Triton implementations)
 from pico_fast.anchors import sample_anchors
-from pico_fast.bank import MemoryBank
-from pico_fast.contrast import contrast
+from pico_fast.attach import Tap, attach
+from pico_fast.bank.memory_bank import MemoryBank
+from pico_fast.contrast.function import contrast
+from pico_fast.contrast.select_keys import SelectedKeys, select_keys
 from pico_fast.dropin import PixelContrastLoss
 from pico_fast.loss import JointLoss, PiCoLoss
 from pico_fast.projection import ProjectionHead
 from pico_fast.regions import region_pool
-from pico_fast.selection import SelectedKeys, select_keys
-from pico_fast.synthesis import Synthesis
-from pico_fast.tap import Tap, attach
+from pico_fast.selection.synthesis import Synthesis
 
 __version__ = "0.1.0"
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from pico_fast import checks, reference
-from pico_fast.labels import check_predictions, clean_labels, predictions_on_grid
+from pico_fast import checks, draws, reference
+from pico_fast.grid import check_predictions, clean_labels, predictions_on_grid
 from pico_fast.pixels import draw_pixels, segment_counts
 
 EASY = ("correct", "random")
@@ -41,8 +41,8 @@ def draw_anchors(
     # pairs are known to the hash by their place in [B, C]
     name = torch.arange(n_pairs, device=flat.device)
     name = name % max(1, images) * num_classes + name // max(1, images)
-    lot = reference.hash32(seed, reference.ANCHOR_PAIR, name)
-    rank = torch.where(eligible, lot, reference.WORD + 1).argsort().argsort()
+    lot = draws.hash32(seed, draws.ANCHOR_PAIR, name)
+    rank = torch.where(eligible, lot, draws.WORD + 1).argsort().argsort()
     taking_part = eligible & (rank < max_samples)
     n_view = (max_samples // eligible.sum().clamp(min=1)).clamp(min=1, max=max_views)
 
@@ -55,7 +55,7 @@ def draw_anchors(
     if easy == "correct":
         n_hard = torch.maximum(n_hard, n_view - easy_counts)
     hard_quota = torch.where(taking_part, torch.minimum(hard_counts, n_hard), 0)
-    lot = reference.hash32(seed, reference.ANCHOR_PIXEL, pixel)
+    lot = draws.hash32(seed, draws.ANCHOR_PIXEL, pixel)
     hard = torch.where(wrong, pair, n_pairs)
     if easy == "random":
         # the rest comes from all pixels that were not taken as hard ones
@@ -65,7 +65,7 @@ def draw_anchors(
         wrong = is_taken.narrow(0, 0, flat.numel())
         hard_counts = segment_counts(torch.where(wrong, pair, n_pairs), n_pairs)
         easy_counts = counts - hard_counts
-        again = reference.hash32(seed, reference.ANCHOR_EASY, pixel)
+        again = draws.hash32(seed, draws.ANCHOR_EASY, pixel)
         lot = torch.where(wrong, lot, again)
     easy_quota = torch.where(taking_part, torch.minimum(easy_counts, n_view - hard_quota), 0)
 

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from pico_fast import checks, reference
+from pico_fast import checks, draws
 from pico_fast.anchors import draw_anchors
-from pico_fast.contrast import contrast_rows
+from pico_fast.contrast.function import Settings, contrast_rows
 from pico_fast.finite import check_keys
-from pico_fast.labels import labels_on_grid, predictions_on_grid
+from pico_fast.grid import labels_on_grid, predictions_on_grid
 from pico_fast.loss import check_batch
 from pico_fast.pixels import gather_pixels
+from pico_fast.selection.options import EVERYTHING
 
 
 class PixelContrastLoss(nn.Module):
@@ -79,7 +80,7 @@ class PixelContrastLoss(nn.Module):
         height, width = feats.shape[2:]
         labels = labels_on_grid(labels, height, width, self.num_classes, self.ignore_index)
         predictions = predictions_on_grid(predict, height, width)
-        seed = reference.step_seed(self.seed, self.step)
+        seed = draws.step_seed(self.seed, self.step)
         pixel, anchor_labels = draw_anchors(
             labels,
             predictions,
@@ -96,9 +97,9 @@ class PixelContrastLoss(nn.Module):
             key_labels = classes.repeat_interleave(queue.shape[1])
             check_keys("queue", keys, key_labels)
         pairs = (gather_pixels(feats, pixel), anchor_labels, keys, key_labels)
-        of_all = ("all", 1, 1, 1.0, None, False)
-        rows, counted, _, _ = contrast_rows(*pairs, seed, self.temperature, *of_all)
-        loss = rows.sum() / counted.sum().clamp(min=1)
+        settings = Settings(EVERYTHING, self.temperature, None, False)
+        rows = contrast_rows(*pairs, None, settings, seed)
+        loss = rows.loss.sum() / rows.counted.sum().clamp(min=1)
         if self.training:
             self.step.add_(1)
         return loss * self.scale

@@ -40,9 +40,17 @@ def _devices() -> list[str]:
 
 
 def ops() -> list[str]:
-    """Names of the package's ops, as the dispatcher knows them."""
+    """Names of the package's ops, as the dispatcher knows them.
+
+    An op that one device alone has is a part of another op's implementation, and is left out.
+    """
     names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
-    return sorted(name for name in names if name.startswith("pico_fast::"))
+    names = {name for name in names if name.startswith("pico_fast::")}
+    return sorted(
+        name
+        for name in names
+        if all(implementation(name, device) != "none" for device in ("CPU", "CUDA"))
+    )
 
 
 def implementation(op: str, device: str) -> str:

@@ -4,16 +4,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
-from pico_fast import checks, reference
+from pico_fast import checks, draws, reference
 from pico_fast.anchors import check_sizes, draw_anchors
-from pico_fast.bank import MemoryBank
-from pico_fast.contrast import contrast_rows
-from pico_fast.labels import check_predictions, labels_on_grid, predictions_on_grid
+from pico_fast.bank.memory_bank import MemoryBank
+from pico_fast.contrast.function import ContrastRows, Settings, contrast_rows
+from pico_fast.grid import check_predictions, labels_on_grid, predictions_on_grid
 from pico_fast.pixels import gather_pixels
 from pico_fast.presets import preset
-from pico_fast.selection import check_sampling
-from pico_fast.sharded import contrast_sharded
-from pico_fast.synthesis import Synthesis, check_synthesis
+from pico_fast.selection.options import check_selection
+from pico_fast.selection.synthesis import Synthesis, check_synthesis
 
 
 def check_batch(
@@ -44,9 +43,12 @@ class PiCoLoss(nn.Module):
         embedding_dim: D, channels of the embeddings.
         temperature: divides inner products.
         base_temperature: if given, the loss is multiplied by temperature / base_temperature.
-        sampling: which keys an anchor is compared with: "all", "random", "hardest", "semi_hard".
+        sampling: which keys an anchor is compared with: "all", "random", "hardest", "semi_hard", "bounded";
+            see `select_keys`.
+        positives: which positives, where not those that `sampling` says: "all", "random", "hardest",
+            "semi_hard".
         num_positives, num_negatives: keys of an anchor at most, for the samplings but "all".
-        hard_fraction: share of an anchor's keys in the pool that semi_hard draws from.
+        hard_fraction: share of an anchor's sampled keys that semi_hard and bounded take.
         max_samples: A, anchors of a batch at most.
         max_views: anchors of one class of one image at most.
         min_pixels: pixels that a class needs in an image (at embedding resolution) to take part.
@@ -100,6 +102,7 @@ class PiCoLoss(nn.Module):
         temperature: float = 0.1,
         base_temperature: float | None = None,
         sampling: str = "semi_hard",
+        positives: str | None = None,
         num_positives: int = 1024,
         num_negatives: int = 2048,
         hard_fraction: float = 0.1,
@@ -125,15 +128,17 @@ class PiCoLoss(nn.Module):
         if base_temperature is not None:
             base_temperature = checks.number("base_temperature", base_temperature, above=0.0)
             self.scale = self.temperature / base_temperature
-        check_sampling(sampling, num_positives, num_negatives, hard_fraction)
+        selection = check_selection(
+            sampling, positives, num_positives, num_negatives, hard_fraction
+        )
         check_sizes(max_samples, max_views, min_pixels, easy)
         check_synthesis(synthesis)
         checks.floating_dtype("bank_dtype", bank_dtype)
-        self.selection = (sampling, num_positives, num_negatives, float(hard_fraction))
+        self.settings = Settings(
+            selection, self.temperature, synthesis, checks.implementation(impl)
+        )
         self.sizes = (max_samples, max_views, min_pixels)
         self.easy = easy
-        self.synthesis = synthesis
-        self.impl = impl
         # the bank checks what is left
         self.bank = MemoryBank(
             num_classes,
@@ -181,16 +186,15 @@ class PiCoLoss(nn.Module):
         checks.same_device("embeddings", embeddings, "the bank", bank.storage)
         bank.check_ranks(labels.shape[0])
         ranks = bank.ranks
-        is_reference = self.impl == "reference"
 
         height, width = embeddings.shape[2:]
         labels = labels_on_grid(labels, height, width, self.num_classes, self.ignore_index)
         predictions = predictions_on_grid(logits, height, width)
 
-        common_seed = reference.step_seed(self.seed, self.step)
+        common_seed = draws.step_seed(self.seed, self.step)
         # no two ranks draw alike
-        seed = reference.step_seed(common_seed, ranks.rank) if ranks.size > 1 else common_seed
-        sample = reference.sample_anchors if is_reference else draw_anchors
+        seed = draws.step_seed(common_seed, ranks.rank) if ranks.size > 1 else common_seed
+        sample = reference.sample_anchors if self.settings.is_reference else draw_anchors
         pixel, anchor_labels = sample(
             labels, predictions, *self.sizes, self.num_classes, seed, self.easy
         )
@@ -198,28 +202,24 @@ class PiCoLoss(nn.Module):
 
         # on its way between the ranks while the anchors are compared with the bank as it was
         write = bank.start_write(embeddings.detach(), labels) if self.training else None
-        pairs = (anchors, anchor_labels)
-        choice = (self.temperature, *self.selection, self.synthesis)
-        if bank.sharded and bank.slots:
-            seeds = (common_seed, seed)
-            rows, counted, similar, away = contrast_sharded(*pairs, bank.share(), seeds, *choice)
-        else:
-            keys, key_labels, segments = None, None, None
-            if bank.slots and is_reference:
-                keys, key_labels = bank.keys()
-            elif bank.slots:
-                keys, segments = bank.storage.flatten(0, 1), bank.segments()
-            rows, counted, similar, away = contrast_rows(
-                *pairs, keys, key_labels, seed, *choice, is_reference, segments
-            )
-        n_counted = counted.sum()
+        rows = contrast_rows(
+            anchors,
+            anchor_labels,
+            None,
+            None,
+            bank.share() if bank.slots else None,
+            self.settings,
+            common_seed,
+            ranks.rank * anchors.shape[0],
+        )
+        n_counted = rows.counted.sum()
         scale = self.scale
         if ranks.size > 1:
             n_counted = ranks.sum(n_counted)
             scale *= ranks.size
-        loss = rows.sum() / n_counted.clamp(min=1) * scale
+        loss = rows.loss.sum() / n_counted.clamp(min=1) * scale
 
-        self._keep_stats(labels, predictions, pixel, counted, similar, away)
+        self._keep_stats(labels, predictions, pixel, rows)
         if self.training:
             write()
             self.step.add_(1)
@@ -232,16 +232,14 @@ class PiCoLoss(nn.Module):
         labels: Tensor,  # [B, H, W] int64
         predictions: Tensor | None,  # [B, H, W] int64
         pixel: Tensor,  # [A] int64
-        counted: Tensor,  # [A] bool
-        similar: Tensor,  # [A]
-        away: Tensor,  # [A]
+        rows: ContrastRows,
     ) -> None:
         used = pixel >= 0
         n_used = used.sum()
         hard = torch.zeros_like(used)
         if predictions is not None and labels.numel():
             hard = (predictions != labels).flatten().gather(0, pixel.clamp(min=0)) & used
-        n_counted = counted.sum().clamp(min=1)
+        n_counted = rows.counted.sum().clamp(min=1)
         bank = self.bank
         fills = [
             (count.sum() / (size * bank.num_classes) if size else count.sum() * 0.0)
@@ -253,8 +251,8 @@ class PiCoLoss(nn.Module):
         self.stats = {
             "anchors": n_used,
             "hard_anchors": hard.sum() / n_used.clamp(min=1),
-            "positive_similarity": torch.where(counted, similar, 0.0).sum() / n_counted,
-            "negative_similarity": torch.where(counted, away, 0.0).sum() / n_counted,
+            "positive_similarity": torch.where(rows.counted, rows.similar, 0.0).sum() / n_counted,
+            "negative_similarity": torch.where(rows.counted, rows.away, 0.0).sum() / n_counted,
             "pixel_fill": fills[0],
             "region_fill": fills[1],
         }

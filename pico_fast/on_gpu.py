@@ -10,44 +10,20 @@ import importlib.util
 
 import torch
 
-from pico_fast import contrast_any, picked, selection, synthesis
+from pico_fast.contrast import eager as contrast
+from pico_fast.contrast import ops as contrast_ops
+from pico_fast.selection import eager as selection
+from pico_fast.selection import ops as selection_ops
 
-
-def _contrast(page, anchors, anchor_labels, keys, *_):
-    return page.takes(anchors, keys)
-
-
-def _keys_grad(page, grad_loss, anchors, anchor_labels, keys, *_):
-    return page.takes(anchors, keys)
-
-
-def _select(page, anchors, anchor_labels, keys, key_labels, sampling, positives, negatives, *_):
-    return page.takes(anchors, keys, sampling, positives, negatives)
-
-
-def _rank(page, rows, keys, index, positive):
-    return page.takes(rows, keys, picks=index.shape[1])
-
-
-def _sum(page, keys, index, weight):
-    return index.shape[1] > 0 and weight.dtype == torch.float32 and page.takes(keys)
-
-
-def _mix(page, anchors, keys, pool_index, *_):
-    some = pool_index.shape[1] > 0
-    return some and page.takes(anchors, anchors if keys is None else keys)
-
-
-# op: the page with its kernel of the same name, whom that is for, and what runs otherwise
+# op: its page with launches, which has a function of that name; who there says whom it is for; what runs
+# otherwise
 _OPS = {
-    "contrast_all": ("contrast_gpu", _contrast, contrast_any.contrast_all),
-    "contrast_all_keys_grad": ("contrast_gpu", _keys_grad, contrast_any.contrast_all_keys_grad),
-    "contrast_negatives": ("contrast_gpu", _contrast, contrast_any.contrast_negatives),
-    "contrast_positives": ("contrast_gpu", _contrast, contrast_any.contrast_positives),
-    "select_keys": ("selection_gpu", _select, selection.select_any),
-    "rank_keys": ("picked_gpu", _rank, picked.rank_torch),
-    "weighted_rows": ("picked_gpu", _sum, picked.rows_torch),
-    "mix_negatives": ("picked_gpu", _mix, synthesis.mix_any),
+    contrast_ops.negatives: ("contrast.gpu", "takes", contrast.negatives),
+    contrast_ops.positives: ("contrast.gpu", "takes", contrast.positives),
+    contrast_ops.keys_grad: ("contrast.gpu", "takes", contrast.keys_grad),
+    selection_ops.hardest: ("selection.gpu", "takes_hardest", selection.hardest),
+    selection_ops.weighted_rows: ("selection.gpu", "takes_weighted", selection.weighted_rows),
+    selection_ops.mix_negatives: ("selection.gpu", "takes_mixes", selection.mix_negatives),
 }
 
 
@@ -57,21 +33,23 @@ def _is_new(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _in_triton(op: str):
-    name, is_for, otherwise = _OPS[op]
+def _in_triton(op: torch._ops.OpOverload):
+    name, takes, otherwise = _OPS[op]
+    names = [argument.name for argument in op._schema.arguments]
 
     def run(*args):
-        mine = otherwise
+        chosen = otherwise
         if _is_new(args[0].device):
             page = importlib.import_module(f"pico_fast.{name}")
-            mine = getattr(page, op) if is_for(page, *args) else otherwise
+            if getattr(page, takes)(**dict(zip(names, args, strict=True))):
+                chosen = getattr(page, otherwise.__name__)
         # autocast would reach into the products, and Triton launches on the current device
         with torch.cuda.device(args[0].device), torch.autocast("cuda", enabled=False):
-            return mine(*args)
+            return chosen(*args)
 
     return run
 
 
 if importlib.util.find_spec("triton") is not None and torch.version.hip is None:
     for _op in _OPS:
-        torch.library.impl(f"pico_fast::{_op}", "CUDA", _in_triton(_op))
+        torch.library.impl(_op.name(), "CUDA", _in_triton(_op))

@@ -27,86 +27,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-# what is drawn; the number is part of every draw's counter
-ANCHOR_PAIR, ANCHOR_PIXEL, ANCHOR_EASY, BANK_PIXEL = 1, 2, 3, 4
-POSITIVE, NEGATIVE, STEP, SAMPLE = 5, 6, 12, 13
-MIX_FIRST, MIX_SECOND, MIX_SHARE, MIX_WITH_ANCHOR, MIX_ANCHOR_SHARE = 7, 8, 9, 10, 11
+from pico_fast import draws
+from pico_fast.selection.options import Selection
 
-WORD = 0xFFFFFFFF
 # a sum of two opposite rows has no direction: mixes shorter than this share of the longer, or than what
 # `normalize` divides by at least, are left out
 SHORTEST_MIX, SHORTEST_NORM = 1e-2, 1e-12
-
-
-def lowbias32(x):
-    """The integer hash lowbias32 with the multipliers 0x21f0aaad and 0x735a2d97: a bijection of 32 bits.
-
-    For Python integers and int64 tensors; both multipliers are below 2^31: no product leaves int64.
-    """
-    x = x ^ (x >> 16)
-    x = (x * 0x21F0AAAD) & WORD
-    x = x ^ (x >> 15)
-    x = (x * 0x735A2D97) & WORD
-    return x ^ (x >> 15)
-
-
-def fold(state, word):
-    """One more 32-bit word into a hash state; for a given state a bijection of the word."""
-    return lowbias32(((state ^ (word & WORD)) + 0x9E3779B9) & WORD)
-
-
-def hash32(seed, stream, *counters):
-    """Uniform 32-bit word for (seed, what is drawn, counters): integers or int64 tensors, broadcast."""
-    state = fold(fold(fold(0, seed), seed >> 32), stream)
-    for counter in counters:
-        state = fold(state, counter)
-    return state
-
-
-def step_seed(seed, step):
-    """The seed of one step, 63 bits: what modules pass to functions that take a seed."""
-    low, high = (hash32(seed, STEP, step, step >> 32, half) for half in (0, 1))
-    return low | ((high & 0x7FFFFFFF) << 32)
-
-
-def below(word, n):
-    """Uniform integer in [0, n) from a 32-bit word, n < 2^31."""
-    return (word * n) >> 32
-
-
-def uniform(word: Tensor) -> Tensor:
-    """Uniform float32 in [0, 1) from a 32-bit word: its upper 24 bits, exact."""
-    return (word >> 8).float() * 2.0**-24
-
-
-def feistel(x: Tensor, a: Tensor, b: Tensor, state: Tensor) -> Tensor:
-    """Six Feistel rounds keyed by a hash state: a bijection of [0, a·b), a and b at most 2^16."""
-    left, right = x // b, x % b
-    for turn in range(0, 6, 2):
-        left = (left + below(fold(state, (turn << 16) + right), a)) % a
-        right = (right + below(fold(state, ((turn + 1) << 16) + left), b)) % b
-    return left * b + right
-
-
-def rectangle(n: Tensor) -> tuple[Tensor, Tensor]:
-    """Sides a = ceil(sqrt n) and b of the rectangle that holds [0, n), n < 2^31, nearly exactly."""
-    a = n.clamp(min=1).double().sqrt().ceil().long()
-    return a, (n.clamp(min=1) + a - 1) // a
-
-
-def permute(index: Tensor, n: Tensor, seed, stream, row) -> Tensor:
-    """A keyed permutation of [0, n), applied to `index` < n; all arguments broadcast.
-
-    The Feistel network on `rectangle(n)`, walked until it lands inside [0, n): no list of n is made.
-    """
-    index, n, state = torch.broadcast_tensors(
-        index, n, torch.as_tensor(hash32(seed, stream, row), device=n.device)
-    )
-    a, b = rectangle(n)
-    out = feistel(index, a, b, state)
-    while (away := out >= n).any():
-        out = out.masked_scatter(away, feistel(out[away], a[away], b[away], state[away]))
-    return out
 
 
 def _precise(*tensors: Tensor) -> list[Tensor]:
@@ -135,12 +61,12 @@ def sample_anchors(
     pairs, counts = pair_of_pixel[flat >= 0].unique(return_counts=True)
     pairs = pairs[counts >= min_pixels]
     if len(pairs) > max_samples:
-        pairs = pairs[hash32(seed, ANCHOR_PAIR, pairs).argsort()][:max_samples]
+        pairs = pairs[draws.hash32(seed, draws.ANCHOR_PAIR, pairs).argsort()][:max_samples]
     n_view = max(1, min(max_samples // max(1, len(pairs)), max_views))
     chosen = [flat[:0]]
     for pair in sorted(pairs.tolist(), key=lambda pair: (pair % num_classes, pair)):
         pixels = (pair_of_pixel == pair).nonzero()[:, 0]
-        pixels = pixels[hash32(seed, ANCHOR_PIXEL, pixels).argsort()]
+        pixels = pixels[draws.hash32(seed, draws.ANCHOR_PIXEL, pixels).argsort()]
         wrong = torch.zeros_like(pixels, dtype=torch.bool)
         if predictions is not None:
             wrong = predictions.flatten()[pixels] != pair % num_classes
@@ -148,7 +74,7 @@ def sample_anchors(
         n_hard = n_view // 2
         if easy == "random":
             rest = torch.cat([rest, hard[n_hard:]])
-            rest = rest[hash32(seed, ANCHOR_EASY, rest).argsort()]
+            rest = rest[draws.hash32(seed, draws.ANCHOR_EASY, rest).argsort()]
         else:
             n_hard = max(n_hard, n_view - len(rest))
         hard = hard[:n_hard]
@@ -159,43 +85,30 @@ def sample_anchors(
     return pixel, torch.where(pixel >= 0, flat[pixel] if len(flat) else pixel, -1)
 
 
-def _pair_masks(
-    anchor_labels: Tensor,  # [A]
+def sample_keys(
     key_labels: Tensor,  # [K]
-    in_batch: bool,
-) -> tuple[Tensor, Tensor]:
-    """Which pairs are positive and which negative: [A, K] each."""
-    used = (anchor_labels[:, None] >= 0) & (key_labels >= 0)
-    same = anchor_labels[:, None] == key_labels
-    positive = used & same
-    if in_batch:
-        positive.fill_diagonal_(False)
-    return positive, used & ~same
-
-
-def _select_row(
-    hardness: Tensor,  # [n] similarity of negatives, its negative for positives
-    candidates: Tensor,  # [n] key indices, ascending
-    count: int,
-    sampling: str,
-    hard_fraction: float,
+    need: int,
+    own: bool,
     seed,
-    stream: int,
-    row: int,
 ) -> Tensor:
-    """Keys that one anchor is compared with, hardest first, equal ones by lower index."""
-    n = len(candidates)
-    picked = torch.arange(n, device=candidates.device)
-    if sampling == "random" and n > count:
-        picked = permute(picked[:count], picked.new_tensor(n), seed, stream, row).sort()[0]
-    if sampling == "hardest":
-        picked = hardness.argsort(descending=True, stable=True)[:count].sort()[0]
-    if sampling == "semi_hard":
-        pool_size = max(1, math.ceil(hard_fraction * n))
-        pool = hardness.argsort(descending=True, stable=True)[:pool_size]
-        lot = hash32(seed, stream, row, candidates[pool])
-        picked = pool[lot.argsort()[:count]].sort()[0]
-    return candidates[picked[hardness[picked].argsort(descending=True, stable=True)]]
+    """The sample of one side, drawn once for all anchors: rows of keys [W], class by class.
+
+    Of a class with n keys k are drawn. Positives (`own`): as many as an anchor needs. Negatives: the same
+    share of every class, so large that an anchor of the largest class meets `need` of the others. Stretch t
+    of k covers places floor(t n / k) to floor((t + 1) n / k) of the class's keys; a place within each is
+    drawn, and all are turned by a drawn offset: uniform, and none twice.
+    """
+    classes, sizes = key_labels[key_labels >= 0].unique(return_counts=True)
+    others = int(sizes.sum() - sizes.max()) if len(sizes) else 0
+    stream, rows = draws.POSITIVE if own else draws.NEGATIVE, [classes[:0]]
+    for c, n in zip(classes.tolist(), sizes.tolist(), strict=True):
+        share = n if others <= need else -(-need * n // others)  # rounded up
+        k = min(n, need) if own else share
+        state, t = draws.hash32(seed, stream, c), torch.arange(k, device=classes.device)
+        begin, end = t * n // k, (t + 1) * n // k
+        place = begin + draws.below(draws.fold(state, t), end - begin) + draws.below(state, n)
+        rows.append((key_labels == c).nonzero()[place % n, 0])
+    return torch.cat(rows)
 
 
 def select_keys(
@@ -203,52 +116,67 @@ def select_keys(
     anchor_labels: Tensor,  # [A]
     keys: Tensor | None,  # [K, D]; None: the anchors with one another
     key_labels: Tensor | None,  # [K]
-    sampling: str,
-    num_positives: int,
-    num_negatives: int,
-    hard_fraction: float,
+    selection: Selection,
     seed,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """positive_index [A, P], negative_index [A, N] and their inner products; -1 and 0 behind the last.
+    """positive_index [A, P], negative_index [A, N] and their inner products, hardest first.
 
-    `random` draws from the valid keys in the order (class, index), without the anchor's own row.
-    "all" takes every key: P = N = K.
+    -1 and 0 stand behind the last. Equal similarities go by place in the sample, or where all keys take
+    part by lower index. "all" has P, N = K; "random" as many as the anchor has that meets most.
     """
     in_batch = keys is None
     keys, key_labels = (anchors, anchor_labels) if in_batch else (keys, key_labels)
     rows, columns = _precise(anchors.detach(), keys.detach())
     similarity = rows @ columns.T
-    if sampling == "all":
-        num_positives = num_negatives = len(keys)
-    masks = _pair_masks(anchor_labels, key_labels, in_batch)
-    found = []
-    for mask, count, sign, stream in zip(
-        masks, (num_positives, num_negatives), (-1, 1), (POSITIVE, NEGATIVE), strict=True
-    ):
-        index = key_labels.new_full((len(anchors), count), -1, dtype=torch.int64)
-        for i in range(len(anchors)):
-            candidates = mask[i].nonzero()[:, 0]
-            if sampling == "random":
-                candidates = candidates[key_labels[candidates].argsort(stable=True)]
-            hardness = sign * similarity[i, candidates]
-            picked = _select_row(
-                hardness, candidates, count, sampling, hard_fraction, seed, stream, i
-            )
-            index[i, : len(picked)] = picked
-        products = similarity.gather(1, index.clamp(min=0)) if len(keys) else index.to(rows.dtype)
-        found.append((index, products.masked_fill(index < 0, 0.0)))
-    (positive_index, positive), (negative_index, negative) = found
-    return positive_index, negative_index, positive, negative
+    every = torch.arange(len(keys), device=keys.device)
+    needs = {own: selection.needed(own) for own in (True, False)}
+    offered = {
+        own: every if need is None else sample_keys(key_labels, need, own, seed)
+        for own, need in needs.items()
+    }
+    found: dict[bool, list[Tensor]] = {True: [], False: []}
+    for i in range(len(anchors)):
+        ceiling = math.inf
+        for own in (True, False):
+            strategy, count = selection.strategy(own), selection.count(own)
+            key = offered[own]
+            used = (key_labels[key] >= 0) & (anchor_labels[i] >= 0)
+            key = key[used & ((key_labels[key] == anchor_labels[i]) == own)]
+            key = key[key != i] if in_batch else key
+            s = similarity[i, key]
+            if own and len(key):
+                ceiling = s.mean()
+            if strategy == "bounded":
+                key = key[s < ceiling]
+            n = len(key)
+            if strategy in ("semi_hard", "bounded"):
+                n = min(count, math.ceil(selection.hard_fraction * n))
+            elif strategy == "hardest":
+                n = min(count, n)
+            hardness = (-1 if own else 1) * similarity[i, key]
+            found[own].append(key[hardness.argsort(descending=True, stable=True)[:n]])
+    index, products = {}, {}
+    for own, lists in found.items():
+        width = {"all": len(keys), "random": max(map(len, lists), default=0)}
+        shape = (len(anchors), width.get(selection.strategy(own), selection.count(own)))
+        index[own] = key_labels.new_full(shape, -1, dtype=torch.int64)
+        for row, chosen in zip(index[own], lists, strict=True):
+            row[: len(chosen)] = chosen
+        products[own] = index[own].to(rows.dtype) * 0
+        if len(keys):
+            products[own] = similarity.gather(1, index[own].clamp(min=0))
+        products[own] = products[own].masked_fill(index[own] < 0, 0.0)
+    return index[True], index[False], products[True], products[False]
 
 
 def synthesise(
     anchors: Tensor,  # [A, D]
     keys: Tensor,  # [K, D]
     pool_index: Tensor,  # [A, pool] most similar selected negatives, -1 behind the last
+    row: Tensor,  # [A] number of each anchor in its draws
     negative_negative: int,
     negative_anchor: int,
     seed,
-    first_row: int = 0,  # number of the first of these anchors, where they are a part of more
 ) -> tuple[Tensor, Tensor]:
     """Mixed negatives [A, M, D], constants, and which of them exist [A, M]; M counts both kinds.
 
@@ -262,7 +190,7 @@ def synthesise(
     size = (pool_index >= 0).sum(1, keepdim=True)
     in_order = pool_index.masked_fill(pool_index < 0, torch.iinfo(torch.int64).max).sort(1)[0]
     in_order = in_order.masked_fill(in_order >= len(keys), 0)
-    row = first_row + torch.arange(len(anchors), device=keys.device)[:, None]
+    row = row[:, None]
 
     def member(place: Tensor) -> Tensor:
         return keys[in_order.gather(1, place.clamp(max=in_order.shape[1] - 1))].to(anchors.dtype)
@@ -275,15 +203,15 @@ def synthesise(
         return normalize(mixed, dim=-1), exists
 
     draw = torch.arange(negative_negative, device=keys.device)
-    first = below(hash32(seed, MIX_FIRST, row, draw), size)
-    second = below(hash32(seed, MIX_SECOND, row, draw), size - 1).clamp(min=0)
+    first = draws.below(draws.hash32(seed, draws.MIX_FIRST, row, draw), size)
+    second = draws.below(draws.hash32(seed, draws.MIX_SECOND, row, draw), size - 1).clamp(min=0)
     second = second + (second >= first)
-    share = uniform(hash32(seed, MIX_SHARE, row, draw))
+    share = draws.uniform(draws.hash32(seed, draws.MIX_SHARE, row, draw))
     of_two = mix(share, member(first), member(second), (size >= 2).expand_as(first))
 
     draw = torch.arange(negative_anchor, device=keys.device)
-    place = below(hash32(seed, MIX_WITH_ANCHOR, row, draw), size)
-    share = uniform(hash32(seed, MIX_ANCHOR_SHARE, row, draw)) * 0.5
+    place = draws.below(draws.hash32(seed, draws.MIX_WITH_ANCHOR, row, draw), size)
+    share = draws.uniform(draws.hash32(seed, draws.MIX_ANCHOR_SHARE, row, draw)) * 0.5
     of_anchor = mix(share, anchors[:, None], member(place), (size >= 1).expand_as(place))
     return torch.cat([of_two[0], of_anchor[0]], 1), torch.cat([of_two[1], of_anchor[1]], 1)
 
@@ -294,10 +222,7 @@ def contrast(
     keys: Tensor | None,  # [K, D]; None: the anchors with one another, a row never with itself
     key_labels: Tensor | None,  # [K]
     temperature: float,
-    sampling: str = "all",
-    num_positives: int = 1024,
-    num_negatives: int = 2048,
-    hard_fraction: float = 0.1,
+    selection: Selection,
     mixes: tuple[int, int, int] | None = None,  # negative-negative, negative-anchor, pool
     seed=0,
 ) -> tuple[Tensor, Tensor]:
@@ -312,26 +237,22 @@ def contrast(
     # an empty slot may hold anything; 0 x nan would still be nan in the gradient
     anchors = anchors.masked_fill(anchor_labels[:, None] < 0, 0.0)
     keys = keys.masked_fill(key_labels[:, None] < 0, 0.0)
-    positive, negative = _pair_masks(anchor_labels, key_labels, in_batch)
-    choice = (anchors, anchor_labels, None if in_batch else keys, key_labels)
-    if sampling != "all":
-        found = select_keys(*choice, sampling, num_positives, num_negatives, hard_fraction, seed)
-        positive, negative = (
-            positive.new_zeros(len(anchors), len(keys) + 1).scatter_(
-                1, index.masked_fill(index < 0, len(keys)), True
-            )[:, :-1]
-            for index in found[:2]
-        )
+    pairs = (anchors, anchor_labels, None if in_batch else keys, key_labels)
+    positive_index, negative_index, _, _ = select_keys(*pairs, selection, seed)
+    positive, negative = (
+        index.new_zeros((len(anchors), len(keys) + 1), dtype=torch.bool).scatter_(
+            1, index.masked_fill(index < 0, len(keys)), True
+        )[:, :-1]
+        for index in (positive_index, negative_index)
+    )
     s = anchors @ keys.T / temperature
     terms = s.masked_fill(~negative, -math.inf)
-    if mixes is not None:
-        if sampling == "all":
-            found = select_keys(*choice, "hardest", 1, mixes[2], hard_fraction, seed)
-        pool_index = found[1][:, : mixes[2]]
-        if len(keys):
-            mixed, exists = synthesise(anchors, keys, pool_index, *mixes[:2], seed)
-            of_mixes = (mixed @ anchors[..., None])[..., 0] / temperature
-            terms = torch.cat([terms, of_mixes.masked_fill(~exists, -math.inf)], 1)
+    if mixes is not None and negative_index.shape[1]:
+        row = torch.arange(len(anchors), device=anchors.device)
+        pool_index = negative_index[:, : mixes[2]]
+        mixed, exists = synthesise(anchors, keys, pool_index, row, *mixes[:2], seed)
+        of_mixes = (mixed @ anchors[..., None])[..., 0] / temperature
+        terms = torch.cat([terms, of_mixes.masked_fill(~exists, -math.inf)], 1)
     has_negative = (terms > -math.inf).any(1)
     # rows without a negative are computed from zeros and then dropped, which keeps nan out
     z = terms.masked_fill(~has_negative[:, None], 0.0).logsumexp(1)
@@ -391,7 +312,7 @@ def update_bank(
     for b, image in enumerate(labels.flatten(1)):
         for c in image[image >= 0].unique().tolist():
             pixels = (image == c).nonzero()[:, 0]
-            order = hash32(seed, BANK_PIXEL, b * image.numel() + pixels).argsort()
+            order = draws.hash32(seed, draws.BANK_PIXEL, b * image.numel() + pixels).argsort()
             for pixel in pixels[order][:pixels_per_image]:
                 row = embeddings[b].flatten(1)[:, pixel]
                 push(row, c, 0, pixel_queue_size, pixel_count, pixel_next)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pico_fast import checks, reference
-from pico_fast.labels import clean_labels
+from pico_fast.grid import clean_labels
 
 torch.library.define(
     "pico_fast::region_pool",

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pico_fast import checks
-from pico_fast.bank import MemoryBank
-from pico_fast.labels import labels_on_grid
+from pico_fast.bank.memory_bank import MemoryBank
+from pico_fast.grid import labels_on_grid
 from pico_fast.regions import region_pool
 
 if TYPE_CHECKING:

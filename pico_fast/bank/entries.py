@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from pico_fast import reference
+from pico_fast import draws
+from pico_fast.collectives import Ranks
 from pico_fast.pixels import draw_pixels, gather_pixels, segment_counts
-from pico_fast.ranks import Ranks
 from pico_fast.regions import pool_regions
 
 
@@ -71,7 +71,7 @@ def _pixels(
     capacity = min(counts.numel() * per_image, segment.numel())
     pixel = torch.arange(segment.numel(), device=segment.device)
     # pixels are known by their place in the batch of all ranks
-    lot = reference.hash32(seed, reference.BANK_PIXEL, first_pixel + pixel)
+    lot = draws.hash32(seed, draws.BANK_PIXEL, first_pixel + pixel)
     drawn, of_slot = draw_pixels(segment, lot, counts, quota, capacity)
     classes = torch.where(of_slot >= 0, of_slot // max(1, images), -1)
     return Rows(classes, gather_pixels(embeddings, drawn))

@@ -1,13 +1,12 @@
-"""Work on keys that were picked for each anchor, in Triton: products, sums by weight, mixes.
+"""What is made of keys that each anchor has listed, in Triton: sums by weight, and mixes.
 
-A program owns an anchor and reads the rows of its picks, some at a time: nothing of size picks x channels
+A program owns an anchor and reads the rows of its keys, some at a time: nothing of size keys x channels
 is written.
 """
 
 import triton
 import triton.language as tl
-from pico_fast.kernels.contrast import load_rows
-from pico_fast.kernels.selection import words_of
+from pico_fast.kernels.rows import load_rows
 
 
 @triton.jit
@@ -22,33 +21,6 @@ def load_row(
     columns = tl.arange(0, BD)
     at = matrix + row.to(tl.int64) * stride + columns
     return tl.load(at, mask=columns < D, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def words_kernel(
-    anchors,  # [A, D]
-    keys,  # [K, D]
-    index,  # [A, n] int64, -1 behind the last
-    words,  # [A, CAPACITY] int64, out: similarity above inverted index, as in `selection`
-    n,
-    anchor_stride,
-    key_stride,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    ROWS: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    SIGN: tl.constexpr,
-):
-    anchor = tl.program_id(0)
-    q = load_row(anchors, anchor, anchor_stride, D, BD)
-    for start in range(0, n, ROWS):
-        at = start + tl.arange(0, ROWS)
-        key = tl.load(index + anchor.to(tl.int64) * n + at, mask=at < n, other=-1)
-        used = key >= 0
-        k = load_rows(keys, tl.where(used, key, 0), used, key_stride, D, BD).to(tl.float32)
-        s = tl.sum(k * q[None, :], 1)
-        word = tl.reshape(words_of(s[None, :], key, SIGN), [ROWS])
-        tl.store(words + anchor.to(tl.int64) * CAPACITY + at, word, mask=used)
 
 
 @triton.jit

@@ -2,33 +2,21 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from pico_fast import bank_state, checks, reference
-from pico_fast.bank_state import Ring
-from pico_fast.entries import Entries, Rows, Wanted, start_entries
-from pico_fast.labels import clean_labels
-from pico_fast.ranks import Ranks, check_placement
+from pico_fast import checks, draws, reference
+from pico_fast.bank import state
+from pico_fast.bank.entries import Entries, Rows, Wanted, start_entries
+from pico_fast.bank.share import Share
+from pico_fast.bank.state import Ring
+from pico_fast.collectives import Ranks, check_placement
+from pico_fast.grid import clean_labels
 
 _RINGS = ("pixel_count", "pixel_next", "region_count", "region_next")
 _STATE = ("storage", *_RINGS, "step", "refused")
-
-
-class Share(NamedTuple):
-    """A rank's part of a bank that lies on several: slots `first` to `last` of every class."""
-
-    keys: Tensor  # [C·(last - first), D]
-    segments: (
-        Tensor  # [C, 2, 2] int64, filled slots of this part, as `MemoryBank.segments` tells them
-    )
-    all_segments: Tensor  # [C, 2, 2] int64, those of the whole bank
-    slots: int  # of a class in the whole bank
-    first: int
-    ranks: Ranks
 
 
 class MemoryBank(nn.Module):
@@ -155,12 +143,11 @@ class MemoryBank(nn.Module):
         classes = torch.arange(self.num_classes, device=slot.device).unsqueeze(1)
         return torch.where(in_pixels | in_regions, classes, -1).flatten()
 
-    def segments(self) -> Tensor:
-        """Where the filled slots lie: [C, 2, 2] int64, first key and how many, of pixels and regions."""
-        return self._segments(self.first_slot, self.last_slot)
+    def _ranges(self, first: int, last: int) -> Tensor:
+        """Where filled slots stand among the slots `first` to `last` of all classes: [C, 2, 2] int64.
 
-    def _segments(self, first: int, last: int) -> Tensor:
-        """The segments of slots first to last, as keys of a bank that holds no others."""
+        Of each class and queue the first row, in a bank that holds no other slots, and how many.
+        """
         base = torch.arange(self.num_classes, device=self.storage.device) * (last - first)
         parts = []
         for start, size, count in (
@@ -173,10 +160,12 @@ class MemoryBank(nn.Module):
         return torch.stack(parts, 1).view(-1, 2, 2)
 
     def share(self) -> Share:
-        """This rank's part of a sharded bank, and what it has to know of the whole."""
-        whole = self._segments(0, self.slots)
-        keys = self.storage.flatten(0, 1)
-        return Share(keys, self.segments(), whole, self.slots, self.first_slot, self.ranks)
+        """What this rank holds, class by class."""
+        whole = here = self._ranges(0, self.slots)
+        if self.sharded:
+            here = self._ranges(self.first_slot, self.last_slot)
+        ranks = self.ranks if self.sharded else None
+        return Share(self.storage.flatten(0, 1), here, whole, self.slots, self.first_slot, ranks)
 
     @torch.no_grad()
     def enqueue(
@@ -237,7 +226,7 @@ class MemoryBank(nn.Module):
         labels: Tensor,  # [B, H, W] int64, -1 left out
     ) -> Callable[[], None]:
         """Begin to bring a batch together from all ranks; the bank changes when the result is called."""
-        seed = reference.step_seed(self.seed, self.step)
+        seed = draws.step_seed(self.seed, self.step)
         if self._is_reference:
             return lambda: self._write_reference(embeddings, labels, seed)
         wanted = Wanted(
@@ -333,8 +322,7 @@ class MemoryBank(nn.Module):
             whole = self.ranks.gather(own)[: self.slots].transpose(0, 1)
         sizes = (pixel_queue_size, region_queue_size)
         parts = [
-            bank_state.newest(whole, ring, size)
-            for ring, size in zip(self._rings(), sizes, strict=True)
+            state.newest(whole, ring, size) for ring, size in zip(self._rings(), sizes, strict=True)
         ]
         self.pixel_queue_size, self.region_queue_size = sizes
         self.slots = sum(sizes)
@@ -366,7 +354,7 @@ class MemoryBank(nn.Module):
         if self.sharded:
             destination[prefix + "storage"] = self.ranks.whole(self.storage, 1, self.slots)
         sizes = (self.pixel_queue_size, self.region_queue_size)
-        for name, value in bank_state.header(*sizes, self.storage.device).items():
+        for name, value in state.header(*sizes, self.storage.device).items():
             destination[prefix + name] = value
 
     def _load_from_state_dict(
@@ -388,12 +376,12 @@ class MemoryBank(nn.Module):
         """Take a complete state over, or nothing of it and say what speaks against it."""
         shapes = {name: getattr(self, name).shape for name in _STATE}
         shapes["storage"] = torch.Size((self.num_classes, self.slots, self.embedding_dim))
-        wrong = bank_state.errors(found, shapes, self.pixel_queue_size, self.region_queue_size)
+        wrong = state.errors(found, shapes, self.pixel_queue_size, self.region_queue_size)
         if wrong:
             return wrong
         own = self.ranks.own_part(found["storage"], 1, self.first_slot, self.last_slot)
         labels = self._labels(found["pixel_count"], found["region_count"])
-        wrong = bank_state.storage_errors(own, labels, self.storage.dtype)
+        wrong = state.storage_errors(own, labels, self.storage.dtype)
         if not wrong:
             for name in _STATE:
                 getattr(self, name).copy_(own if name == "storage" else found[name])

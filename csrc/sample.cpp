@@ -1,0 +1,127 @@
+// The sample: some keys of each class, one of each stretch of its keys, all turned by a drawn
+// offset.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "draws.h"
+#include "rows.h"
+
+namespace pico_fast {
+namespace {
+
+using torch::stable::parallel_for;
+
+// Draws of one task; a task begins anywhere within a class.
+constexpr int64_t kDraws = 8192;
+
+const int64_t* as_int64(const Tensor& dense, const char* name) {
+  STD_TORCH_CHECK(dense.scalar_type() == ScalarType::Long, name, ": expected int64");
+  return static_cast<const int64_t*>(dense.const_data_ptr());
+}
+
+// The keys of a class: its parts one after the other.
+struct Parts {
+  const int64_t* ranges;  // [G, 2] first position and length
+  int64_t count;
+
+  int64_t size() const {
+    int64_t n = 0;
+    for (int64_t g = 0; g < count; ++g) n += ranges[2 * g + 1];
+    return n;
+  }
+
+  int64_t position(int64_t number) const {
+    int64_t g = 0;
+    for (; number >= ranges[2 * g + 1]; ++g) number -= ranges[2 * g + 1];
+    return ranges[2 * g] + number;
+  }
+};
+
+// Draws first to last of a class of n keys from which k are drawn.
+void draw(const Parts& parts, int64_t n, int64_t k, uint32_t state, int64_t first, int64_t last,
+          const int64_t* key_order, int64_t* out) {
+  const int64_t turn = below(state, n), step = n / k, rest = n % k;
+  // where stretch t begins: floor(t n / k), one after the other without a division
+  int64_t begin = first * n / k, behind = first * n % k;
+  for (int64_t t = first; t < last; ++t) {
+    behind += rest;
+    const int64_t length = step + (behind >= k);
+    behind -= behind >= k ? k : 0;
+    int64_t place = begin + below(fold(state, static_cast<uint32_t>(t)), length) + turn;
+    place -= place >= n ? n : 0;
+    const int64_t position = parts.position(place);
+    *out++ = key_order ? key_order[position] : position;
+    begin += length;
+  }
+}
+
+// ranges [C, G, 2] int64, names and wanted [C] int64, key_order [W] int64 or none, seed [] int64
+// -> the keys drawn [capacity] int64, class by class, -1 behind the last; their ranges [C, 1, 2]
+std::tuple<Tensor, Tensor> sample_keys(const Tensor& ranges_, const Tensor& names_,
+                                       const std::optional<Tensor>& key_order_,
+                                       const Tensor& wanted_, const Tensor& seed, int64_t stream,
+                                       int64_t capacity) {
+  const Tensor ranges = torch::stable::contiguous(ranges_);
+  const Tensor names = torch::stable::contiguous(names_);
+  const Tensor wanted = torch::stable::contiguous(wanted_);
+  const Tensor key_order = torch::stable::contiguous(key_order_.value_or(wanted_));
+  STD_TORCH_CHECK(ranges.dim() == 3 && ranges.size(2) == 2 && names.numel() == ranges.size(0) &&
+                      wanted.numel() == ranges.size(0),
+                  "expected ranges [C, G, 2], names [C] and wanted [C]");
+  const int64_t C = ranges.size(0), G = ranges.size(1);
+  const int64_t *range = as_int64(ranges, "ranges"), *name = as_int64(names, "names");
+  const int64_t* k = as_int64(wanted, "wanted");
+  const int64_t* order = key_order_ ? as_int64(key_order, "key_order") : nullptr;
+  const int64_t positions = order ? key_order.numel() : INT32_MAX;
+  const uint32_t state = fold(fold_seed(seed), static_cast<uint32_t>(stream));
+  Tensor new_ranges = torch::stable::new_empty(ranges, {C, 1, 2});
+  auto* new_range = static_cast<int64_t*>(new_ranges.mutable_data_ptr());
+  std::vector<int64_t> used;  // classes with draws
+  int64_t total = 0;
+  for (int64_t c = 0; c < C; ++c) {
+    int64_t n = 0;
+    for (int64_t g = 0; g < G; ++g) {
+      const int64_t first = range[2 * (c * G + g)], length = range[2 * (c * G + g) + 1];
+      STD_TORCH_CHECK(length == 0 || (length > 0 && length < INT32_MAX && first >= 0 &&
+                                      first <= positions - length),
+                      "ranges: expected parts of the positions");
+      n += length;
+    }
+    STD_TORCH_CHECK(n < INT32_MAX && k[c] >= 0 && k[c] <= n && k[c] <= capacity - total,
+                    "wanted: expected as many keys as classes have and capacity allows");
+    new_range[2 * c] = total;
+    new_range[2 * c + 1] = k[c];
+    total += k[c];
+    if (k[c] > 0) used.push_back(c);
+  }
+  Tensor out = torch::stable::new_empty(ranges, {capacity});
+  auto* to = static_cast<int64_t*>(out.mutable_data_ptr());
+  std::fill(to + total, to + capacity, int64_t{-1});
+  parallel_for(0, (total + kDraws - 1) / kDraws, 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(end * kDraws, total);
+    auto at = std::upper_bound(used.begin(), used.end(), begin * kDraws,
+                               [&](int64_t t, int64_t c) { return t < new_range[2 * c]; }) -
+              1;
+    for (int64_t slot = begin * kDraws; slot < last; ++at) {
+      const int64_t c = *at, first = new_range[2 * c];
+      const int64_t stop = std::min(last, first + k[c]);
+      const Parts parts{range + 2 * c * G, G};
+      draw(parts, parts.size(), k[c], fold(state, static_cast<uint32_t>(name[c])), slot - first,
+           stop - first, order, to + slot);
+      slot = stop;
+    }
+  });
+  return {out, new_ranges};
+}
+
+}  // namespace
+}  // namespace pico_fast
+
+STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) {
+  m.impl("sample_keys", TORCH_BOX(&pico_fast::sample_keys));
+}

@@ -1,0 +1,1 @@
+"""The bank: what it holds, what a batch brings to it, its state."""

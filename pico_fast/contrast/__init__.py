@@ -1,0 +1,1 @@
+"""The contrast: one flow of ops, in PyTorch, C++ and Triton."""

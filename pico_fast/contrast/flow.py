@@ -1,0 +1,221 @@
+"""The flow from anchors and keys to losses: one page for every device, placement and sampling.
+
+    layout      whose key is whose: anchors class by class, keys as ranges of positions
+    sample      some keys of each class, one draw for all anchors         (random, semi_hard, bounded)
+    bounds      for each anchor which of these count                      (semi_hard, bounded)
+    picks       or lists of the hardest of all keys                       (hardest)
+    negatives   log-sum, softmax mean; merged with mixes, and over the shares of a bank
+    positives   loss, weight and pull for that log-sum; summed over the shares
+    finish      loss and gradient
+
+A side is the positives or the negatives. Its keys are here, or a sample of them came here. On a bank that
+lies on several ranks they may also stay where they are: then all ranks' anchors meet each share (`shares`).
+Nothing here carries a gradient: `function` attaches what this page finds.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pico_fast.bank.share import Share
+from pico_fast.contrast import ops, shares
+from pico_fast.contrast import picks as picks_
+from pico_fast.contrast.picks import Picks
+from pico_fast.contrast.weights import Negatives, Positives, merge
+from pico_fast.selection import layout as layouts
+from pico_fast.selection import ops as choosing
+from pico_fast.selection.layout import Bounds, Layout
+from pico_fast.selection.options import Selection
+from pico_fast.selection.sample import draw_sample
+
+
+class Options(NamedTuple):
+    """What is asked for, the same for all anchors."""
+
+    selection: Selection
+    temperature: float
+    mixes: tuple[int, int, int] | None  # negative-negative, negative-anchor, pool
+    seed: Tensor  # [] int64, that of all ranks
+    first_row: int  # number of this rank's first anchor among those of all ranks
+    want_gradient: bool
+
+
+class Side(NamedTuple):
+    """Positives (`own`) or negatives: the keys that anchors are compared with."""
+
+    own: bool
+    layout: Layout  # of this rank's anchors, or where the keys stay in shares of all ranks'
+    bounds: Bounds
+    picks: Picks | None  # where the keys stay in shares in rank order, else in class order
+    count: Tensor  # [A] int64, how many keys each of this rank's anchors is compared with
+    share: Share | None  # set where the keys stay in shares
+
+
+class Rows(NamedTuple):
+    """What the contrast says of each of this rank's anchors, class by class."""
+
+    loss: Tensor  # [A]
+    counted: Tensor  # [A] bool, whether it has a positive
+    similar: Tensor  # [A] mean similarity with its positives
+    away: Tensor  # [A] mean similarity with its negatives
+    gradient: Tensor  # [A, D], or [0]
+    lse: Tensor  # [A] Z
+    pull: Tensor  # [A] what the weights of its positives are multiplied by in a gradient
+    push: Tensor  # [A] and those of its negatives
+
+
+def lay_out(
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int64
+    keys: Tensor | None,  # [K, D]; None: those of `share`, or the anchors
+    key_labels: Tensor | None,  # [K] int64
+    share: Share | None,
+) -> Layout:
+    """The layout of all keys; where a bank is in shares they are not all here, but `ranges` know them."""
+    if share is None:
+        return layouts.of_labels(anchors, anchor_labels, keys, key_labels)
+    return layouts.of_bank(anchors, anchor_labels, share.keys, share.all_ranges)
+
+
+def choose(
+    layout: Layout,  # of all keys
+    share: Share | None,
+    selection: Selection,
+    own: bool,
+    seed: Tensor,  # [] int64
+    pulled: Side | None = None,  # the positives, which may bound the negatives
+) -> Side:
+    """One side: all keys or a sample of them, and which of these count."""
+    is_sampled, stays = selection.needed(own) is not None, None
+    if is_sampled:
+        layout = draw_sample(layout, selection, own, seed, share and share.slots)
+    available, count = layout.available(own), selection.count(own)
+    if share is not None and share.ranks is not None:
+        stays = None if is_sampled else share
+        if is_sampled:
+            layout = shares.bring(layout, share)
+        elif pulled is not None and pulled.share is not None:
+            layout = pulled.layout  # all ranks' anchors are here already
+        else:
+            layout = shares.everyone(layout, share)
+    side = Side(own, layout, Bounds(), None, available, stays)
+    if selection.has_bounds(own):
+        ceiling = mean_similarity(pulled) if selection.strategy(own) == "bounded" else None
+        asked = (own, ceiling, count, selection.hard_fraction)
+        threshold, ties, counted = choosing.bounds(*layout.tensors, *asked)
+        side = side._replace(bounds=Bounds(ceiling, threshold, ties), count=counted)
+    if selection.strategy(own) == "hardest":
+        picks = Picks(*choosing.hardest(*layout.tensors, own, None, count, False))
+        side = side._replace(picks=picks, count=available.clamp(max=count))
+        if stays is not None:
+            picks = Picks(*map(layout.restore, picks))
+            side = side._replace(picks=shares.cut(picks, stays, own, side.count))
+    return side
+
+
+def mean_similarity(pulled: Side) -> Tensor:
+    """Mean similarity [A] of each anchor with the positives that it is offered; infinite without any."""
+    layout = pulled.layout
+    nothing = torch.full_like(layout.anchor_class, -math.inf, dtype=layout.dtype)
+    similar = ops.positives(*layout.tensors, *Bounds(), nothing, 1.0, False)[2]
+    n = layout.available(True).to(similar.dtype)
+    if pulled.share is not None:
+        columns = map(layout.restore, (similar, n))
+        similar, n = shares.add(pulled.share.ranks, *columns)
+    return torch.where(n > 0, similar / n.clamp(min=1), math.inf)
+
+
+def pool_of(side: Side, selection: Selection, size: int) -> Picks:
+    """The `size` hardest keys that count: [A, size], or fewer columns where fewer were picked."""
+    if side.picks is not None:
+        return Picks(*(x.narrow(1, 0, min(size, x.shape[1])) for x in side.picks))
+    asked = (side.own, side.bounds.ceiling, size, selection.needed(side.own) is not None)
+    pool = Picks(*choosing.hardest(*side.layout.tensors, *asked))
+    if side.share is not None:
+        return Picks(*map(side.layout.restore, pool))
+    behind = torch.arange(size, device=pool.index.device) >= side.count.unsqueeze(1)
+    return Picks(pool.index.masked_fill(behind, -1), pool.similarity.masked_fill(behind, 0.0))
+
+
+def mix(side: Side, row: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Log-sum [A] of mixed negatives and their softmax mean [A, D]; in shares this share's part of them."""
+    *counts, size = options.mixes
+    pool = pool_of(side, options.selection, size)
+    if side.share is not None:
+        how = (options.mixes, options.temperature, options.seed)
+        return shares.mix(side.layout, side.share, pool, row, *how)
+    pairs = (side.layout.anchors, side.layout.keys, pool.index)
+    return choosing.mix_negatives(*pairs, row, *counts, options.temperature, options.seed)
+
+
+def sum_negatives(side: Side, row: Tensor, options: Options) -> Negatives:
+    """What the negatives of this rank's anchors add up to, mixes included."""
+    layout, how = side.layout, (options.temperature, options.want_gradient)
+    if side.picks is not None:
+        found = picks_.negatives(side.picks, layout.keys, *how)
+    else:
+        found = Negatives(*ops.negatives(*layout.tensors, *side.bounds, *how))
+        if side.share is not None:
+            found = Negatives(*(layout.restore(x) if x.numel() else x for x in found))
+    if options.mixes is not None:
+        lse, mean = merge(found.lse, found.mean, *mix(side, row, options))
+        found = found._replace(lse=lse, mean=mean)
+    return found if side.share is None else shares.merge_negatives(side.share.ranks, found)
+
+
+def sum_positives(
+    side: Side,
+    lse: Tensor,  # [A] Z
+    options: Options,
+) -> Positives:
+    """What the positives of this rank's anchors add up to, for their Z."""
+    layout, how = side.layout, (options.temperature, options.want_gradient)
+    if side.share is not None:
+        lse = side.share.ranks.gather(lse)
+    if side.picks is not None:
+        found = picks_.positives(side.picks, layout.keys, lse, *how)
+    elif side.share is None:
+        found = ops.positives(*layout.tensors, *side.bounds, lse, *how)
+    else:
+        lse = lse.index_select(0, layout.order)
+        found = ops.positives(*layout.tensors, *side.bounds, lse, *how)
+        found = [layout.restore(x) if x.numel() else x for x in found]
+    return Positives(*(found if side.share is None else shares.add(side.share.ranks, *found)))
+
+
+def finish(
+    pulled: Side,
+    pushed: Side,
+    positives: Positives,
+    negatives: Negatives,
+    options: Options,
+) -> Rows:
+    """Losses and gradients, from what both sides add up to."""
+    n = pulled.count.clamp(min=1)
+    share = torch.where(pulled.count > 0, 1 / n.to(positives.loss.dtype), 0.0)
+    pull = share / options.temperature
+    push = pull * positives.weight
+    gradient = positives.pull
+    if options.want_gradient:
+        gradient = push.unsqueeze(1) * negatives.mean - pull.unsqueeze(1) * positives.pull
+    return Rows(
+        positives.loss * share,
+        pulled.count > 0,
+        positives.similar / n,
+        negatives.away / pushed.count.clamp(min=1),
+        gradient,
+        negatives.lse,
+        pull,
+        push,
+    )
+
+
+def contrast(layout: Layout, share: Share | None, options: Options) -> tuple[Rows, Side, Side]:
+    """Rows of this rank's anchors in class order, and the two sides that they come from."""
+    pulled = choose(layout, share, options.selection, True, options.seed)
+    pushed = choose(layout, share, options.selection, False, options.seed, pulled)
+    negatives = sum_negatives(pushed, layout.order + options.first_row, options)
+    positives = sum_positives(pulled, negatives.lse, options)
+    return finish(pulled, pushed, positives, negatives, options), pulled, pushed

@@ -1,0 +1,216 @@
+"""Contrast without bounds on an NVIDIA GPU: launching `pico_fast.kernels.contrast` and `.merge`."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from pico_fast.kernels import configs, contrast, merge
+from pico_fast.selection import launch as launches
+from pico_fast.selection.eager import class_of_positions
+
+__all__ = ["keys_grad", "negatives", "positives", "takes"]
+
+
+def takes(
+    anchors: Tensor,
+    keys: Tensor,
+    key_order: Tensor | None,
+    ranges: Tensor,
+    ceiling: Tensor | None,
+    threshold: Tensor | None,
+    ties: Tensor | None,
+    **_,
+) -> bool:
+    """Whether the kernels are for these: without bounds, and what all kernels want."""
+    bounded = not (ceiling is None and threshold is None and ties is None)
+    return not bounded and launches.takes(anchors, keys, key_order, ranges)
+
+
+class _Stretch(NamedTuple):
+    """Some of the positions in use, and how a launch reads them."""
+
+    spans: Tensor  # [n, 2] int64
+    launch: configs.Launch
+    key_blocks: TensorDescriptor | None
+    splits: int
+
+
+def _stretches(work: launches.Pass, running: bool) -> list[_Stretch]:
+    """All positions in use: one stretch, or for the copy engine whole tiles and what is left.
+
+    A tile of the copy engine brings rows behind the end of a span along, and those may hold anything:
+    multiplied by 0 as well, nan stays nan.
+    """
+    found = (work.generation, work.keys.dtype, work.queries.shape[1], running)
+    gathered, spans = configs.negatives(*found, True), work.spans()
+    launch = gathered if work.key_order is not None else configs.negatives(*found, False)
+    splits = work.splits(launch, triton.cdiv(work.n_positions, launch.BN))
+    key_blocks = work.key_blocks(launch)
+    if key_blocks is None:
+        return [_Stretch(spans, launch, None, splits)]
+    first, length = spans.unbind(1)
+    whole = length // launch.BN * launch.BN
+    tiles = torch.stack([first, whole], 1)
+    left = torch.stack([first + whole, length - whole], 1)
+    few = work.splits(gathered, min(len(spans), 16))
+    return [
+        _Stretch(tiles, launch, key_blocks, splits),
+        _Stretch(left, gathered, None, few),
+    ]
+
+
+def negatives(
+    anchors: Tensor,  # [A, D]
+    anchor_class: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D]
+    key_order: Tensor | None,  # [W] int64
+    ranges: Tensor,  # [C, G, 2] int64
+    own_key: Tensor | None,  # [A] int64
+    ceiling: None,
+    threshold: None,
+    ties: None,
+    temperature: float,
+    want_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `negatives`: log-sum [A], softmax mean [A, D] and sum of the inner products [A]."""
+    work = launches.make_pass(anchors, anchor_class, keys, key_order, ranges, own_key)
+    n_anchors, channels = anchors.shape
+    fixed = keys.dtype != torch.float16  # which has too few exponents for a fixed shift
+    new = functools.partial(torch.empty, device=anchors.device)
+    scale = math.log2(math.e) / temperature
+    # inner products with unit keys are at most this; longer ones raise the flag
+    bound = torch.linalg.vector_norm(work.queries, dim=1, dtype=torch.float32) * scale
+    flag = torch.zeros(1, dtype=torch.int32, device=anchors.device) if fixed else None
+    lse, away = new(n_anchors), new(n_anchors)
+    mean = new(n_anchors, channels) if want_mean else None
+    # at first with a fixed shift; again with the running maximum, which does nothing unless flagged
+    for running in (False, True) if fixed else (True,):
+        stretches = _stretches(work, running)
+        splits = sum(stretch.splits for stretch in stretches)
+        top, total, away_parts = (new(splits, n_anchors) for _ in range(3))
+        mean_parts = new(splits, n_anchors, channels) if want_mean else None
+        first = 0
+        for spans, launch, key_blocks, count in stretches:
+            here = slice(first, first + count)
+            contrast.negatives_kernel[(triton.cdiv(n_anchors, launch.BM) * count,)](
+                key_blocks=key_blocks,
+                bound=bound,
+                flag=flag if running else None,
+                top=top[here],
+                total=total[here],
+                away=away_parts[here],
+                mean=mean_parts[here] if want_mean else None,
+                scale=scale,
+                RUNNING=running,
+                **launches.spread(spans, launch.BN, count),
+                **work.options(launch),
+            )
+            first += count
+        merge.merge_kernel[(triton.cdiv(n_anchors, configs.MERGE.BM),)](
+            anchor_class=work.anchor_class,
+            top_parts=top,
+            total_parts=total,
+            away_parts=away_parts,
+            mean_parts=mean_parts,
+            lse=lse,
+            away=away,
+            mean=mean,
+            flag=flag,
+            n_anchors=n_anchors,
+            splits=splits,
+            BR=configs.MERGE.BM,
+            RUNNING=running,
+            num_warps=configs.MERGE.num_warps,
+            **work.sizes,
+        )
+    return lse, new(0) if mean is None else mean, away
+
+
+def positives(
+    anchors: Tensor,  # [A, D]
+    anchor_class: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D]
+    key_order: Tensor | None,  # [W] int64
+    ranges: Tensor,  # [C, G, 2] int64
+    own_key: Tensor | None,  # [A] int64
+    ceiling: None,
+    threshold: None,
+    ties: None,
+    lse: Tensor,  # [A]
+    temperature: float,
+    want_pull: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op `positives`: sums of the loss, of w and of the inner products [A], and of w k [A, D]."""
+    work = launches.make_pass(anchors, anchor_class, keys, key_order, ranges, own_key)
+    n_anchors, channels = anchors.shape
+    launch = configs.positives(keys.dtype, channels)
+    # a class is a small part of the keys: no more parts than can be busy
+    splits = work.splits(launch, min(8, triton.cdiv(work.n_positions, launch.BN)))
+    parts = torch.empty(3, splits, n_anchors, device=anchors.device)
+    pull = parts.new_empty(splits, n_anchors, channels) if want_pull else None
+    contrast.positives_kernel[(triton.cdiv(n_anchors, launch.BM) * splits,)](
+        own_key=work.own_key,
+        lse=lse.float().contiguous(),
+        loss=parts[0],
+        weight=parts[1],
+        similar=parts[2],
+        pull=pull,
+        splits=splits,
+        scale=1 / temperature,
+        **work.options(launch),
+    )
+    pull = parts.new_empty(0) if pull is None else pull.sum(0)
+    return (*parts.sum(1).unbind(0), pull)
+
+
+def keys_grad(
+    anchors: Tensor,  # [A, D]
+    anchor_class: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D]
+    key_order: Tensor | None,  # [W] int64
+    ranges: Tensor,  # [C, G, 2] int64
+    own_key: Tensor | None,  # [A] int64
+    own: bool,
+    ceiling: None,
+    threshold: None,
+    ties: None,
+    lse: Tensor,  # [A]
+    factor: Tensor,  # [A]
+    temperature: float,
+) -> Tensor:
+    """The op `keys_grad`: what one side of the anchors' pairs gives to each key [K, D]."""
+    work = launches.make_pass(anchors, anchor_class, keys, key_order, ranges, own_key)
+    n_classes = ranges.shape[0]
+    own_begin = own_end = None
+    if own:
+        classes = torch.arange(n_classes, device=ranges.device)
+        in_order = torch.where(anchor_class < 0, n_classes, anchor_class)
+        own_begin = torch.searchsorted(in_order, classes)
+        own_end = torch.searchsorted(in_order, classes, right=True)
+    launch = configs.keys_grad(keys.dtype, anchors.shape[1])
+    out = torch.zeros(keys.shape, device=keys.device)
+    # float16 has too few exponents for weights of any size; TF32 has its 10 bits and float32's
+    narrow = launches.tile_dtype(keys.dtype) == torch.bfloat16
+    options = work.options(launch)
+    for name in ("query_blocks", "ranges", "PARTS", "STAGES"):
+        del options[name]
+    contrast.keys_grad_kernel[(triton.cdiv(work.n_positions, launch.BN),)](
+        key_class=class_of_positions(work.ranges, work.n_positions),
+        own_begin=own_begin,
+        own_end=own_end,
+        own_key=work.own_key,
+        lse=lse.float().contiguous(),
+        factor=factor.float().contiguous(),
+        out=out,
+        n_positions=work.n_positions,
+        scale=1 / temperature,
+        WEIGHTS=tl.bfloat16 if narrow else tl.float32,
+        **options,
+    )
+    return out

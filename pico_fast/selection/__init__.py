@@ -1,0 +1,1 @@
+"""Selection: which keys each anchor is compared with."""

@@ -1,0 +1,310 @@
+"""The hardest keys and synthesis on an NVIDIA GPU: launching `pico_fast.kernels.hardest` and `.synthesis`.
+
+hardest, negatives: a threshold for each anchor from a sample of the keys, a walk over all keys that appends
+what reaches it, a sort of what was appended. Anchors for which the sample misled, and the positives, whose
+class is a small part of the keys, get their exact threshold digit by digit. Who those anchors are is
+known on the device alone: walks in which nobody takes part end at once.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from pico_fast import draws, reference
+from pico_fast.kernels import configs, synthesis
+from pico_fast.kernels import hardest as kernels
+from pico_fast.selection import launch as launches
+
+# most keys that the kernels select on one side; consumer cards sort half as many
+MAX_COUNT = 4096
+# most channels of rows that a program of `synthesis` holds
+MAX_CHANNELS = 1024
+# keys of a sample; similarities of a block of anchors with it; slots in which estimate_kernel holds them
+_SAMPLE = 2**16
+_SAMPLE_VALUES = 2**24
+_SLOTS = 2**14
+# up to so many keys for each one wanted, digits cost less than a sample
+_FEW = 32
+_LEAST = torch.iinfo(torch.int64).min
+
+
+def takes_hardest(
+    anchors: Tensor,
+    keys: Tensor,
+    key_order: Tensor | None,
+    ranges: Tensor,
+    ceiling: Tensor | None,
+    count: int,
+    by_place: bool,
+    **_,
+) -> bool:
+    """Whether the kernels are for these; see `launch.takes`. float32 rows of 512 do not fit."""
+    wide = anchors.shape[1] > 256 and keys.dtype == torch.float32
+    small = configs.family(launches.device_of(anchors)[0]) == 86
+    held = 0 < count <= (MAX_COUNT // 2 if small else MAX_COUNT)
+    plain = ceiling is None and not by_place
+    return plain and held and not wide and launches.takes(anchors, keys, key_order, ranges)
+
+
+class _Side:
+    """One side, positives or negatives, of all anchors."""
+
+    def __init__(self, work: launches.Pass, own: bool, count: int) -> None:
+        self.work, self.own, self.count = work, own, count
+        n_anchors, device = len(work.queries), work.queries.device
+        launch = configs.hardest(work.keys.dtype, work.queries.shape[1])
+        tiles = triton.cdiv(work.n_positions, launch.BN)
+        blocks = triton.cdiv(n_anchors, launch.BM)
+        splits = launches.choose_splits(blocks, work.processors, min(tiles, 64))
+        self.options = {
+            **work.options(launch),
+            **launches.spread(work.spans(), launch.BN, splits),
+            "key_blocks": work.key_blocks(launch),
+            "own_key": work.own_key if own else None,
+            "OWN": own,
+        }
+        self.grid = (blocks * splits,)
+        # in batch an anchor itself is one too many among its positives, which makes no difference
+        sizes = work.ranges.select(2, 1).sum(1)
+        of_class = sizes.take(work.anchor_class.clamp(min=0))
+        self.available = of_class if own else sizes.sum() - of_class
+        # four times as many as wanted: what an estimated threshold lets through hardly ever overflows
+        self.capacity = triton.next_power_of_2(max(4 * count, 16))
+        self.found = torch.empty(n_anchors, dtype=torch.int32, device=device)
+        self.candidates = torch.empty(n_anchors, self.capacity, dtype=torch.int64, device=device)
+
+    def _walk(self, active: Tensor, threshold: Tensor, found: Tensor, **how) -> None:
+        kernels.walk_kernel[self.grid](
+            active=active,
+            threshold=threshold,
+            found=found,
+            capacity=self.capacity,
+            **how,
+            **self.options,
+        )
+
+    def append(self, active: Tensor, threshold: Tensor) -> None:
+        """Candidates of the active anchors: pairs whose word reaches the threshold [A]."""
+        self.found.masked_fill_(active != 0, 0)
+        self._walk(active, threshold, self.found, candidates=self.candidates, SHIFT=0)
+
+    def exact_threshold(self, active: Tensor) -> Tensor:
+        """The word [A] of the last key wanted of each active anchor; the least where it has no more."""
+        takes_part = ((active != 0) & (self.available > self.count)).int()
+        word = torch.where(takes_part != 0, 0, _LEAST)
+        rank = torch.full_like(word, self.count)
+        counts = torch.zeros(len(rank), 2048, dtype=torch.int32, device=rank.device)
+        for shift in kernels.DIGITS:
+            self._walk(takes_part, word, counts, candidates=None, SHIFT=shift)
+            kernels.narrow_kernel[(len(rank),)](takes_part, counts, word, rank, SHIFT=shift)
+        return word
+
+    def ordered(self) -> tuple[Tensor, Tensor]:
+        """Indices [A, count] and similarities [A, count] of the candidates."""
+        n_anchors = len(self.found)
+        index = self.candidates.new_empty(n_anchors, self.count)
+        similarity = torch.empty(n_anchors, self.count, device=index.device)
+        kernels.order_kernel[(n_anchors,)](
+            self.candidates,
+            self.found,
+            self.work.anchor_class,
+            index,
+            similarity,
+            self.count,
+            OWN=self.own,
+            CAPACITY=self.capacity,
+            num_warps=configs.order_warps(self.capacity),
+        )
+        return index, similarity
+
+
+def _inner_products(queries: Tensor, keys: Tensor) -> Tensor:
+    """Inner products [n, W] float32 of queries [n, D] and keys [W, D] of one dtype."""
+    if queries.is_cuda and queries.dtype != torch.float32:
+        return torch.mm(queries, keys.T, out_dtype=torch.float32)
+    return queries.float() @ keys.float().T
+
+
+def _sampled_threshold(side: _Side) -> Tensor:
+    """A word [A] that somewhat more than the wanted negatives of each anchor should reach.
+
+    A sample of all keys in use holds of each anchor's wanted about as large a part, t, give or take the
+    root of t. Six roots more are let through.
+    """
+    work = side.work
+    first, length = work.ranges.flatten(0, 1).unbind(1)
+    behind = length.cumsum(0)
+    n_used = behind[-1]
+    size = min(_SAMPLE, max(work.n_positions // 16, 1))
+    # evenly over all positions in use, so over all classes
+    place = torch.arange(size, device=first.device) * n_used // size
+    part = torch.searchsorted(behind, place, right=True).clamp(max=len(behind) - 1)
+    position = first.take(part) + place - (behind - length).take(part)
+    rows = position.clamp(max=work.n_positions - 1)
+    if work.key_order is not None:
+        rows = work.key_order.take(rows).clamp(min=0)
+    keys = work.keys.index_select(0, rows).to(work.queries.dtype)
+    sample_class = (part // work.ranges.shape[1]).int()
+    t = side.count * size / n_used.clamp(min=1)
+    rank = (t + 6 * t.sqrt()).ceil().int()
+    threshold = torch.empty_like(work.anchor_class)
+    block = max(1, _SAMPLE_VALUES // size)
+    slots = min(_SLOTS, max(16, triton.next_power_of_2(size)))
+    for begin in range(0, len(threshold), block):
+        here = slice(begin, begin + block)
+        s = _inner_products(work.queries[here], keys)
+        kernels.estimate_kernel[(len(s),)](
+            s,
+            sample_class,
+            work.anchor_class[here],
+            rank,
+            threshold[here],
+            size,
+            BLOCK=slots,
+            num_warps=configs.order_warps(slots),
+        )
+    return threshold
+
+
+def hardest(
+    anchors: Tensor,  # [A, D]
+    anchor_class: Tensor,  # [A] int64
+    keys: Tensor,  # [K, D]
+    key_order: Tensor | None,  # [W] int64
+    ranges: Tensor,  # [C, G, 2] int64
+    own_key: Tensor | None,  # [A] int64
+    own: bool,
+    ceiling: None,
+    count: int,
+    by_place: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op `hardest`: rows of keys [A, count], hardest first, and their inner products."""
+    work = launches.make_pass(anchors, anchor_class, keys, key_order, ranges, own_key)
+    side = _Side(work, own, count)
+    used = (work.anchor_class >= 0).int()
+    if own or work.n_positions <= _FEW * count:
+        side.append(used, side.exact_threshold(used))
+        return side.ordered()
+    few = side.available <= count
+    side.append(used, torch.where(few, _LEAST, _sampled_threshold(side)))
+    wanted = side.available.clamp(max=count)
+    misled = (side.found < wanted) | (side.found > side.capacity)
+    misled = (misled & (used != 0)).int()
+    side.append(misled, side.exact_threshold(misled))
+    return side.ordered()
+
+
+def _takes_rows(*tensors: Tensor) -> bool:
+    """Whether a program holds rows [n, D] of these: not float64, not too wide, and there are some."""
+    narrow = all(t.dtype != torch.float64 and 0 < t.shape[1] <= MAX_CHANNELS for t in tensors)
+    return narrow and all(t.shape[0] > 0 for t in tensors)
+
+
+def takes_weighted(keys: Tensor, index: Tensor, weight: Tensor, **_) -> bool:
+    """Whether the kernel is for these."""
+    return 0 not in index.shape and weight.dtype == torch.float32 and _takes_rows(keys)
+
+
+def takes_mixes(anchors: Tensor, keys: Tensor, pool_index: Tensor, **_) -> bool:
+    """Whether the kernel is for these."""
+    return pool_index.shape[1] > 0 and _takes_rows(anchors, keys)
+
+
+def _sizes(keys: Tensor) -> dict:
+    """Constants of kernels that read rows of keys; the values of some rows fit the registers."""
+    width = launches.padded(keys.shape[1])
+    return {"D": keys.shape[1], "BD": width, "ROWS": max(4, min(64, 8192 // width))}
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x [n, D] with neighbouring channels; the interpreter has no bfloat16."""
+    return launches.with_rows(x.to(launches.tile_dtype(x.dtype)))
+
+
+def weighted_rows(
+    keys: Tensor,  # [K, D]
+    index: Tensor,  # [A, n] int64, -1 where there is none
+    weight: Tensor,  # [A, n] float32
+) -> Tensor:
+    """The op `weighted_rows`: the indexed keys by weight, summed in float32: [A, D]."""
+    keys = _readable(keys)
+    out = weight.new_empty(weight.shape[0], keys.shape[1])
+    synthesis.weighted_kernel[(len(out),)](
+        keys,
+        index.contiguous(),
+        weight.contiguous(),
+        out,
+        index.shape[1],
+        keys.stride(0),
+        **_sizes(keys),
+    )
+    return out
+
+
+def _draws(
+    pool_index: Tensor,  # [A, pool] int64, -1 behind the last
+    row: Tensor,  # [A] int64, number of each anchor in its draws
+    negative_negative: int,
+    negative_anchor: int,
+    seed: Tensor,  # [] int64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `reference.synthesise` draws: first part, second part and share of each mix, [A, n] each."""
+    hash32, below, uniform = draws.hash32, draws.below, draws.uniform
+    width, row = pool_index.shape[1], row[:, None]
+    size = (pool_index >= 0).sum(1, keepdim=True)
+    last = torch.iinfo(torch.int64).max
+    in_order = pool_index.masked_fill(pool_index < 0, last).sort(1)[0]
+
+    def member(place: Tensor, exists: Tensor) -> Tensor:
+        found = in_order.gather(1, place.clamp(min=0, max=width - 1))
+        return torch.where(exists, found, -1)
+
+    draw = torch.arange(negative_negative, device=seed.device)
+    first = below(hash32(seed, draws.MIX_FIRST, row, draw), size)
+    second = below(hash32(seed, draws.MIX_SECOND, row, draw), size - 1).clamp(min=0)
+    second = second + (second >= first)
+    two, one = size >= 2, size >= 1
+    of_two = uniform(hash32(seed, draws.MIX_SHARE, row, draw))
+    draw = torch.arange(negative_anchor, device=seed.device)
+    place = below(hash32(seed, draws.MIX_WITH_ANCHOR, row, draw), size)
+    of_anchor = uniform(hash32(seed, draws.MIX_ANCHOR_SHARE, row, draw)) * 0.5
+    return (
+        torch.cat([member(first, two), torch.full_like(place, -1)], 1),
+        torch.cat([member(second, two), member(place, one)], 1),
+        torch.cat([of_two, of_anchor], 1),
+    )
+
+
+def mix_negatives(
+    anchors: Tensor,  # [A, D]
+    keys: Tensor,  # [K, D]
+    pool_index: Tensor,  # [A, pool] int64 into keys, -1 behind the last
+    row: Tensor,  # [A] int64, number of each anchor in its draws
+    negative_negative: int,
+    negative_anchor: int,
+    temperature: float,
+    seed: Tensor,  # [] int64
+) -> tuple[Tensor, Tensor]:
+    """The op `mix_negatives`: log-sum of exp(<a, h> / temperature) over the mixes h, and their mean."""
+    anchors, keys = _readable(anchors), _readable(keys)
+    first, second, share = _draws(pool_index, row, negative_negative, negative_anchor, seed)
+    lse = torch.empty(len(anchors), device=anchors.device)
+    mean = torch.empty(anchors.shape, device=anchors.device)
+    sizes = _sizes(keys)
+    sizes["ROWS"] = max(4, sizes["ROWS"] // 2)  # two rows of a mix, and the mix
+    synthesis.mix_kernel[(len(anchors),)](
+        anchors,
+        keys,
+        first,
+        second,
+        share,
+        lse,
+        mean,
+        first.shape[1],
+        anchors.stride(0),
+        keys.stride(0),
+        1 / temperature,
+        reference.SHORTEST_MIX,
+        **sizes,
+    )
+    return lse, mean
