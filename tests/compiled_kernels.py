@@ -12,139 +12,149 @@ from concurrent.futures import ProcessPoolExecutor
 import offline
 import torch
 import triton.language as tl
-from pico_fast.kernels import configs, contrast, contrast_ends, picked, sampling, selection
+from pico_fast.kernels import configs, contrast, hardest, merge, synthesis
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-PRODUCTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # each row of the tables, and for bfloat16 sizes that are no power of two
 CHANNELS = {
     torch.bfloat16: (64, 128, 256, 512, 48, 192),
     torch.float16: (256,),
     torch.float32: (64, 128, 256, 512),
 }
-
-
 # launched with Triton's own number of warps
 ONE = configs.Launch(1, 0, 4, 1)
-TWO = configs.Launch(1, 0, configs.DRAW_WARPS, 1)
 
 
 def pointers(names: str, kind: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), kind)
 
 
-def of_both_passes(generation, dtype, channels, launch, gather) -> tuple[dict, dict]:
-    """Arguments and constants that the two passes over the keys share."""
-    width = max(16, 1 << (channels - 1).bit_length())
+def absent(names: str) -> dict[str, None]:
+    """Tensors that a launch leaves out."""
+    return dict.fromkeys(names.split())
+
+
+def width(channels: int) -> int:
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def of_layout(generation, dtype, channels, launch, gather) -> tuple[dict, dict]:
+    """Arguments and constants that kernels with anchors as rows share: `launch.Pass.options`."""
     kind = TYPES[dtype]
-    copy_engine = generation >= 90
-
-    def rows(n: int, tma: bool) -> str:
-        return f"tensordesc<{kind}[{n}, {width}]>" if tma else f"*{kind}"
-
     arguments = {
-        "queries": rows(launch.BM, copy_engine),
-        "keys": rows(launch.BN, copy_engine and not gather),
-        **pointers("key_order", "*i64"),
-        **pointers("low high spans", "*i32"),
+        **pointers("queries keys", f"*{kind}"),
+        **pointers("anchor_class ranges", "*i64"),
         **pointers("n_anchors key_stride", "i32"),
-        "scale": "fp32",
     }
     constants = {
+        "PARTS": 2,
         "D": channels,
-        "BD": width,
+        "BD": width(channels),
         "BM": launch.BM,
         "BN": launch.BN,
         "STAGES": launch.stages,
-        "GATHER": gather,
-        "TMA": copy_engine and not gather,
-        "TMA_QUERIES": copy_engine,
-        "PRODUCT": PRODUCTS[dtype],
-        "LIFT": 14.0 if dtype == torch.float16 else 0.0,
-        "PRECISION": "tf32" if dtype == torch.float32 else "ieee",
     }
+    copy_engine = generation >= 90
+    for name, n, used in (
+        ("query_blocks", launch.BM, copy_engine),
+        ("key_blocks", launch.BN, copy_engine and not gather),
+    ):
+        if used:
+            arguments[name] = f"tensordesc<{kind}[{n}, {width(channels)}]>"
+        else:
+            constants[name] = None
+    if gather:
+        arguments["key_order"] = "*i64"
+    else:
+        constants["key_order"] = None
     return arguments, constants
 
 
 def negatives(generation, dtype, channels, running, gather) -> tuple:
     launch = configs.negatives(generation, dtype, channels, running, gather)
-    arguments, constants = of_both_passes(generation, dtype, channels, launch, gather)
-    arguments |= pointers("tiles bounds first_span flag", "*i32")
+    arguments, constants = of_layout(generation, dtype, channels, launch, gather)
+    arguments |= pointers("spans tiles split_tiles split_span", "*i64") | {"scale": "fp32"}
     arguments |= pointers("bound top total away mean", "*fp32")
-    conditional = running and dtype != torch.float16
-    constants |= {"RUNNING": running, "RUNNING_IF_FLAGGED": conditional, "WANT_MEAN": True}
-    return contrast.negatives_kernel, arguments, constants, launch
+    if running and dtype != torch.float16:
+        arguments["flag"] = "*i32"
+    else:
+        constants["flag"] = None
+    return contrast.negatives_kernel, arguments, constants | {"RUNNING": running}, launch
 
 
 def positives(generation, dtype, channels, gather, in_batch) -> tuple:
     launch = configs.positives(dtype, channels)
-    arguments, constants = of_both_passes(generation, dtype, channels, launch, gather)
-    arguments |= pointers("low_span high_span", "*i32") | {"splits": "i32"}
+    arguments, constants = of_layout(generation, dtype, channels, launch, gather)
+    constants.pop("key_blocks", None)
+    arguments.pop("key_blocks", None)
     arguments |= pointers("lse loss weight similar pull", "*fp32")
-    constants |= {"IN_BATCH": in_batch, "WANT_PULL": True}
+    arguments |= {"splits": "i32", "scale": "fp32"}
+    if in_batch:
+        arguments["own_key"] = "*i64"
+    else:
+        constants["own_key"] = None
     return contrast.positives_kernel, arguments, constants, launch
 
 
-def keys_grad(dtype, channels) -> tuple:
+def keys_grad(dtype, channels, own) -> tuple:
     launch = configs.keys_grad(dtype, channels)
-    kind = TYPES[dtype]
     arguments = {
-        **pointers("queries keys", f"*{kind}"),
-        **pointers("low high used_keys", "*i32"),
-        **pointers("lse factor weight out", "*fp32"),
-        **pointers("n_anchors key_stride", "i32"),
-        "key_order": "*i64",
+        **pointers("queries keys", f"*{TYPES[dtype]}"),
+        **pointers("anchor_class key_order key_class", "*i64"),
+        **pointers("lse factor out", "*fp32"),
+        **pointers("n_anchors n_positions key_stride", "i32"),
         "scale": "fp32",
     }
     constants = {
         "D": channels,
-        "BD": max(16, 1 << (channels - 1).bit_length()),
+        "BD": width(channels),
         "BM": launch.BM,
         "BN": launch.BN,
-        "IN_BATCH": True,
-        "PRODUCT": PRODUCTS[dtype],
         "WEIGHTS": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
     }
-    return contrast_ends.keys_grad_kernel, arguments, constants, launch
+    if own:
+        arguments |= pointers("own_begin own_end own_key", "*i64")
+    else:
+        constants |= absent("own_begin own_end own_key")
+    return contrast.keys_grad_kernel, arguments, constants, launch
 
 
-def ends(channels) -> list[tuple]:
-    launch = configs.ENDS
-    sizes = {"D": channels, "BD": max(16, 1 << (channels - 1).bit_length()), "BR": launch.BM}
-    of_both = pointers("n_anchors splits", "i32") | pointers("low negatives", "*i32")
-    of_both |= {"order": "*i64", **pointers("lse dissimilar centre", "*fp32")}
-    merge = pointers("top total away mean mix_lse mix_mean", "*fp32") | {"flag": "*i32"}
-    modes = {"RUNNING": False, "RUNNING_IF_FLAGGED": False, "WANT_MEAN": True, "MIXED": True}
-    parts = pointers("loss_parts weight_parts similar_parts pull_parts", "*fp32")
-    out = pointers("loss out_lse similar away weight gradient", "*fp32")
-    finish = parts | out | {"positives": "*i32", "positive_count": "*i64", "scale": "fp32"}
-    return [
-        (contrast_ends.merge_kernel, of_both | merge, sizes | modes, launch),
-        (contrast_ends.finish_kernel, of_both | finish, sizes | {"WANT_GRADIENT": True}, launch),
-    ]
+def merges(channels) -> tuple:
+    launch = configs.MERGE
+    arguments = {
+        **pointers("top_parts total_parts away_parts mean_parts lse away mean", "*fp32"),
+        **pointers("n_anchors splits", "i32"),
+        "anchor_class": "*i64",
+        "flag": "*i32",
+    }
+    constants = {"D": channels, "BD": width(channels), "BR": launch.BM, "RUNNING": False}
+    return merge.merge_kernel, arguments, constants, launch
 
 
 def walks(generation, dtype, channels) -> list[tuple[str, tuple]]:
-    """The walks of selection: appending, counting digits of words and of lots, both sides."""
-    launch = configs.selection(dtype, channels)
+    """The walks of `hardest`: appending and counting digits, both sides, in a bank and in batch."""
+    launch = configs.hardest(dtype, channels)
     found = []
-    for own, draw, count, shift in (
-        (False, False, False, 0),
-        (True, False, True, 53),
-        (False, True, True, 10),
-        (True, True, False, 0),
+    for own, count, shift in (
+        (False, False, 0),
+        (True, False, 0),
+        (True, True, 53),
+        (False, True, 32),
     ):
         for gather in (False, True):
-            arguments, constants = of_both_passes(generation, dtype, channels, launch, gather)
-            del arguments["scale"], constants["LIFT"]
-            arguments |= pointers("active found tiles bounds first_span", "*i32")
-            arguments |= pointers("threshold states lots candidates", "*i64")
-            constants |= {"OWN": own, "IN_BATCH": gather, "SIGN": -1 if own else 1, "COUNT": count}
-            constants |= {"DRAW": draw, "SHIFT": shift, "CAPACITY": 4096}
-            what = f"{'count' if count else 'append'}{' draw' if draw else ''}"
+            arguments, constants = of_layout(generation, dtype, channels, launch, gather)
+            arguments |= pointers("active found", "*i32") | {"capacity": "i32"}
+            arguments |= pointers("threshold spans tiles split_tiles split_span", "*i64")
+            constants |= {"OWN": own, "SHIFT": shift}
+            for name, used in (("own_key", own and gather), ("candidates", not count)):
+                if used:
+                    arguments[name] = "*i64"
+                else:
+                    constants[name] = None
+            what = "count" if count else "append"
             side, way = "own" if own else "other", "gather" if gather else "bank"
             name = f"{what} {TYPES[dtype]} {channels} {side} {way}"
-            found.append((name, (selection.walk_kernel, arguments, constants, launch)))
+            found.append((name, (hardest.walk_kernel, arguments, constants, launch)))
     return found
 
 
@@ -155,46 +165,37 @@ def by_row(generation) -> list[tuple[str, tuple]]:
         return found
     for shift in (53, 32):
         arguments = pointers("active counts", "*i32") | pointers("threshold rank", "*i64")
-        constants = {"LOWEST": False, "SHIFT": shift}
-        found.append(("narrow_kernel", (selection.narrow_kernel, arguments, constants, ONE)))
+        found.append(("narrow_kernel", (hardest.narrow_kernel, arguments, {"SHIFT": shift}, ONE)))
     # the consumer cards have no room for more than 8192
-    for capacity in (8192,) if generation == 86 else (4096, 16384):
-        arguments = pointers("candidates order index", "*i64") | pointers("found low", "*i32")
-        arguments |= {"similarity": "*fp32", "N": "i32"}
+    for capacity in (8192,) if generation == 86 else (8192, 16384):
+        arguments = pointers("candidates anchor_class index", "*i64")
+        arguments |= {"found": "*i32", "similarity": "*fp32", "N": "i32"}
         launch = configs.Launch(1, 0, configs.order_warps(capacity), 1)
-        constants = {"SIGN": 1, "CAPACITY": capacity}
-        found.append(
-            (f"order_kernel {capacity}", (selection.order_kernel, arguments, constants, launch))
-        )
-    arguments = {"sample": "*fp32", "rank": "*i32", "threshold": "*i64", "W": "i32"}
-    found.append(("estimate_kernel", (sampling.estimate_kernel, arguments, {"BLOCK": 2048}, ONE)))
-    arguments = pointers("key_rows states candidates", "*i64") | {"sample": "*fp32"}
-    arguments |= pointers("places low high pool found", "*i32") | pointers("count W", "i32")
-    constants = {"BLOCK": 2048, "CAPACITY": 4096}
-    found.append(("draw_kernel", (sampling.draw_kernel, arguments, constants, TWO)))
+        constants = {"OWN": False, "CAPACITY": capacity}
+        what = (hardest.order_kernel, arguments, constants, launch)
+        found.append((f"order_kernel {capacity}", what))
+    arguments = {"sample": "*fp32", "W": "i32", **pointers("sample_class rank", "*i32")}
+    arguments |= pointers("anchor_class threshold", "*i64")
+    launch = configs.Launch(1, 0, configs.order_warps(16384), 1)
+    what = (hardest.estimate_kernel, arguments, {"BLOCK": 16384}, launch)
+    found.append(("estimate_kernel", what))
     for channels in (256, 1024):
         sizes = {"D": channels, "BD": channels, "ROWS": max(4, min(64, 8192 // channels))}
         of_all = {"keys": "*bf16", "key_stride": "i32", "n": "i32"}
-        arguments = of_all | {"anchors": "*fp32", "anchor_stride": "i32"}
-        arguments |= pointers("index words", "*i64")
-        constants = sizes | {"CAPACITY": 4096, "SIGN": 1}
-        found.append((f"words_kernel {channels}", (picked.words_kernel, arguments, constants, ONE)))
         arguments = of_all | {"index": "*i64", "weight": "*fp32", "out": "*fp32"}
-        found.append(
-            (f"weighted_kernel {channels}", (picked.weighted_kernel, arguments, sizes, ONE))
-        )
+        what = (synthesis.weighted_kernel, arguments, sizes, ONE)
+        found.append((f"weighted_kernel {channels}", what))
         arguments = of_all | pointers("first second", "*i64") | {"anchor_stride": "i32"}
-        arguments |= pointers("anchors share lse mean", "*fp32") | pointers(
-            "scale shortest", "fp32"
-        )
+        arguments |= pointers("anchors share lse mean", "*fp32")
+        arguments |= pointers("scale shortest", "fp32")
         sizes = sizes | {"ROWS": max(4, sizes["ROWS"] // 2)}
-        found.append((f"mix_kernel {channels}", (picked.mix_kernel, arguments, sizes, ONE)))
+        found.append((f"mix_kernel {channels}", (synthesis.mix_kernel, arguments, sizes, ONE)))
     return found
 
 
 def jobs(generation: int) -> list[tuple[str, tuple]]:
     """(name, what to compile) for one generation."""
-    found = [(f"{what[0].__name__} {d}", what) for d in (64, 512, 192) for what in ends(d)]
+    found = [(f"merge_kernel {channels}", merges(channels)) for channels in (64, 512, 192)]
     for dtype, kind in TYPES.items():
         for channels in CHANNELS[dtype]:
             name = f"{kind} {channels}"
@@ -206,7 +207,9 @@ def jobs(generation: int) -> list[tuple[str, tuple]]:
                     found.append((f"negatives {name} {way} {mode}", what))
                 what = positives(generation, dtype, channels, gather, gather)
                 found.append((f"positives {name} {way}", what))
-            found.append((f"keys_grad {name}", keys_grad(dtype, channels)))
+            for own in (False, True):
+                side = "own" if own else "other"
+                found.append((f"keys_grad {name} {side}", keys_grad(dtype, channels, own)))
             if channels in (64, 128, 256, 512) and (channels < 512 or dtype.itemsize == 2):
                 found += walks(generation, dtype, channels)
     return found + by_row(generation)

@@ -8,6 +8,8 @@ import itertools
 import torch
 
 import pico_fast
+from pico_fast.selection import layout as layouts
+from pico_fast.selection.options import SAMPLINGS
 
 
 def region_pooling() -> None:
@@ -26,6 +28,7 @@ def region_pooling() -> None:
 
 def contrast() -> None:
     # sizes that end within tiles, in batch, keys in any order, a bank with an empty class, long rows
+    ops, nobody = torch.ops.pico_fast, (None, None, None)
     for dtype, channels in itertools.product((torch.bfloat16, torch.float16), (48, 256)):
         anchors = torch.randn(70, channels, device="cuda")
         labels = torch.randint(-1, 5, (70,), device="cuda")
@@ -33,14 +36,16 @@ def contrast() -> None:
         key_labels = torch.randint(-1, 5, (450,), device="cuda")
         first = torch.arange(5, device="cuda") * 90
         parts = (first, first % 61, first + 60, first % 31)
-        segments = torch.stack(parts, 1).view(5, 2, 2)
-        ops = torch.ops.pico_fast
-        for key_labels_or_none, ranges in ((key_labels, None), (None, segments)):
-            pairs = (anchors, labels, keys, key_labels_or_none)
-            ops.contrast_all(*pairs, None, None, 0.1, True, ranges)
-        pairs = (anchors.to(dtype), labels, None, None)
-        _, lse, count, *_ = ops.contrast_all(*pairs, None, None, 0.1, True)
-        ops.contrast_all_keys_grad(torch.ones(70, device="cuda"), *pairs, lse, count, 0.1)
+        ranges = torch.stack(parts, 1).view(5, 2, 2)
+        for work in (
+            layouts.of_labels(anchors, labels, keys, key_labels),
+            layouts.of_bank(anchors, labels, keys, ranges),
+            layouts.of_labels(anchors.to(dtype), labels, None, None),
+        ):
+            lse, *_ = ops.negatives(*work.tensors, *nobody, 0.1, True)
+            ops.positives(*work.tensors, *nobody, lse, 0.1, True)
+            for own in (True, False):
+                ops.keys_grad(*work.tensors, own, *nobody, lse, lse, 0.1)
 
 
 def selection() -> None:
@@ -52,7 +57,7 @@ def selection() -> None:
         if kind == "duplicates":
             keys = keys[torch.randint(0, 5, (n_keys,), device="cuda")]
         key_labels = torch.randint(-1, 4, (n_keys,), device="cuda")
-        for sampling in ("hardest", "semi_hard", "random"):
+        for sampling in SAMPLINGS:
             pico_fast.contrast(
                 anchors.requires_grad_(),
                 labels,

@@ -26,8 +26,8 @@ HERE = Path(__file__).parent
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SEED = torch.tensor(2**63 - 1)
 # tests that reach C++ in their own process
-TESTS = "anchors bank bank_state budget contrast exact finite invariance loss misuse op_guards ops"
-TESTS += " regions selection synthesis tap"
+TESTS = "anchors bank bank_state budget contrast cpu_ops exact finite invariance loss misuse"
+TESTS += " op_guards ops regions selection synthesis tap"
 
 
 def check_library() -> None:
@@ -133,32 +133,62 @@ def gather_pixels() -> None:
             torch.ops.pico_fast.gather_pixels(features[:0], where[:0])
 
 
-def pick_keys() -> None:
-    # 3000: a threshold from a sample; too high where most keys are alike; of negatives alone
-    keys = [(0, "any"), (1, "any"), (33, "any"), (3000, "any"), (3000, "alike"), (3000, "apart")]
-    counts, fractions = (0, 1, 20, 3001), (0.0, 1e-9, 0.3, 1.0)
-    for dtype, (n_keys, kind) in itertools.product((torch.float32, torch.float64), keys):
-        similarity = extreme(5, n_keys, dtype=dtype)
-        labels, key_labels = labels_of(5, classes=3), labels_of(n_keys, classes=3)
-        if kind == "alike":
-            similarity = similarity.round().clamp(-1, 1)
-        elif kind == "apart":
-            similarity, key_labels = similarity.nan_to_num(), key_labels.clamp(7, 7)
-        name = torch.arange(n_keys) * 3 + 2**32 - 1
-        for count, fraction, positive in itertools.product(counts, fractions, (False, True)):
-            how = (positive, count, fraction, SEED, 6, 2)
-            for products, *of, names in placed(similarity, labels, key_labels, name):
-                torch.ops.pico_fast.pick_keys(products, *of, *how, False, names)
-                torch.ops.pico_fast.pick_keys(products, *of, *how, True)
-            torch.ops.pico_fast.pick_keys(similarity[:0], labels[:0], key_labels, *how, True)
+def layout_of(sizes: list[int], dtype: torch.dtype, channels: int, in_batch: bool):
+    """A layout of classes of two parts with positions that are in no range; its anchors hold extremes."""
+    ranges, at = [], 1
+    for size in sizes:
+        ranges.append([[at, size - size // 3], [at + size + 2, size // 3]])
+        at += size + size // 3 + 5
+    keys, key_order = extreme(at, channels, dtype=dtype), torch.arange(at).flip(0)
+    ranges = torch.tensor(ranges, dtype=torch.int64).view(-1, 2, 2)
+    if not in_batch:
+        classes = torch.arange(9) % max(1, len(sizes)) if sizes else torch.full((9,), -1)
+        anchors = extreme(9, channels, dtype=dtype)
+        classes = classes.sort()[0]
+        classes[-1:] = -1
+        return anchors, classes, keys, None, ranges, None
+    of = [torch.full((int(part[:, 1].sum()),), c) for c, part in enumerate(ranges)]
+    classes = torch.cat([*of, torch.tensor([-1])])
+    own = torch.cat(
+        [torch.arange(f, f + n) for f, n in ranges.flatten(0, 1).tolist()] + [torch.zeros(1)]
+    )
+    own = key_order[own.long()]
+    return keys[own], classes, keys, key_order, ranges, own
 
 
-def permute_ranks() -> None:
-    n = torch.tensor([1, 2, 3, 10, 2**16 - 1, 2**16 + 1, 2**31 - 2])[:, None]
-    row = torch.arange(-3, 4)[:, None] * 2**40
-    for k in (0, 1, 19):
-        for rank, sizes, rows in placed((n - 1 - torch.arange(k)).clamp(min=0), n, row):
-            torch.ops.pico_fast.permute_ranks(rank, sizes, SEED, 2**31, rows)
+def layouts() -> None:
+    # nothing, one key, few anchors of many keys, several tiles, one class alone; by row and by place
+    cases = [([], 4), ([1], 1), ([0, 3], 17), ([40, 0, 7, 9000], 8), ([70], 33), ([5, 6], 0)]
+    counts = ((1, 1.0), (20, 0.3), (10_000, 1.0))
+    ops = torch.ops.pico_fast
+    for (sizes, channels), dtype, in_batch in itertools.product(cases, FLOATS, (False, True)):
+        work = layout_of(sizes, dtype, channels, in_batch and sum(sizes) < 1000)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        ceiling, lse = (extreme(len(work[0]), dtype=wide) for _ in range(2))
+        for own, (count, fraction) in itertools.product((False, True), counts):
+            top = None if own else ceiling
+            threshold, ties, _ = ops.bounds(*work, own, top, count, fraction)
+            for by_place in (False, True):
+                ops.hardest(*work, own, top, count, by_place)
+            for bounds in ((None, None, None), (top, threshold, ties)):
+                if own:
+                    ops.positives(*work, *bounds, lse, 0.1, True)
+                else:
+                    ops.negatives(*work, *bounds, 0.1, True)
+                ops.keys_grad(*work, own, *bounds, lse, lse, 0.1)
+
+
+def sample_keys() -> None:
+    sizes = torch.tensor([[0, 0], [1, 0], [0, 3], [40, 2], [20_000, 7]])
+    first = sizes.flatten().cumsum(0).view(5, 2) - sizes
+    ranges = torch.stack([first, sizes], 2)
+    whole, names = sizes.sum(1), torch.arange(5) * 2**60
+    for wanted in (whole, whole * 0, (whole + 1) // 2, whole.clamp(max=1)):
+        for spare, order in ((0, None), (9, torch.arange(int(whole.sum())).flip(0))):
+            room = int(wanted.sum()) + spare
+            for of, called, asked in placed(ranges, names, wanted):
+                torch.ops.pico_fast.sample_keys(of, called, order, asked, SEED, 6, room)
+    torch.ops.pico_fast.sample_keys(ranges[:0], names[:0], None, whole[:0], SEED, 6, 0)
 
 
 def picked(n: int, k: int, n_keys: int) -> torch.Tensor:
@@ -174,17 +204,14 @@ DTYPES = [(rows, keys) for rows in FLOATS[::3] for keys in FLOATS]
 DTYPES.remove((torch.float32, torch.float64))
 
 
-def rank_keys_and_weighted_rows() -> None:
+def weighted_rows() -> None:
     # 600 rows: several blocks; 9000 keys: several tiles; no channels, no keys, no picks
     sizes = [(600, 5, 50, 3), (2, 40, 9000, 65), (3, 4, 7, 0), (3, 4, 0, 8), (3, 0, 7, 8)]
     sizes += [(0, 4, 7, 8), (1, 1, 1, 1)]
     for (n, k, n_keys, channels), (wide, narrow) in itertools.product(sizes, DTYPES):
-        rows = extreme(n, channels, dtype=wide)
         keys = extreme(n_keys, channels, dtype=narrow)
         index, weight = picked(n, k, n_keys), extreme(n, k, dtype=wide)
-        for queries, of, picks, weights in placed(rows, keys, index, weight):
-            torch.ops.pico_fast.rank_keys(queries, of, picks, True)
-            torch.ops.pico_fast.rank_keys(queries, of, picks, False)
+        for of, picks, weights in placed(keys, index, weight):
             torch.ops.pico_fast.weighted_rows(of, picks, weights)
 
 
@@ -194,21 +221,21 @@ def mix_negatives() -> None:
     for (n, k, channels), dtype, mixes in itertools.product(sizes, FLOATS, counts):
         for n_keys, temperature in ((0, 0.1), (13, 0.1), (13, 1e-300)):
             keys = extreme(n_keys, channels, dtype=dtype)
-            index = picked(n, k, n_keys)
-            for queries in placed(extreme(n, channels), keys, index):
+            index, row = picked(n, k, n_keys), 2**62 - torch.arange(n)
+            for queries in placed(extreme(n, channels), keys, index, row):
                 torch.ops.pico_fast.mix_negatives(*queries, *mixes, temperature, SEED)
-        anchors = extreme(n, channels, dtype=dtype)
-        torch.ops.pico_fast.mix_negatives(anchors, None, picked(n, k, n), *mixes, 0.1, SEED)
 
 
+# what ops of layouts are made of
+PARTS = "multiply_few exclude_outside add_negatives add_positives keep_hardest bounds_of_kept"
+PARTS += " list_kept"
 RUNS = {
     "region_pool": region_pool,
     "region_pool_backward": region_pool,
     "gather_pixels": gather_pixels,
-    "pick_keys": pick_keys,
-    "permute_ranks": permute_ranks,
-    "rank_keys": rank_keys_and_weighted_rows,
-    "weighted_rows": rank_keys_and_weighted_rows,
+    "sample_keys": sample_keys,
+    **dict.fromkeys(PARTS.split(), layouts),
+    "weighted_rows": weighted_rows,
     "mix_negatives": mix_negatives,
 }
 

@@ -17,10 +17,10 @@ from torch.nn.functional import normalize, softplus
 
 import pico_fast
 from pico_fast import reference
+from pico_fast.selection.options import POSITIVES, SAMPLINGS, Selection, check_selection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SAMPLINGS = ("all", "random", "hardest", "semi_hard")
 LAYOUTS = ("uniform", "one class", "long tail", "half empty", "alone")
 SHAPES = ("random", "clustered", "equal", "opposite")
 CLOTHES = ("plain", "strided", "transposed", "shifted")
@@ -36,19 +36,20 @@ class Scene(NamedTuple):
     keys: Tensor | None
     key_labels: Tensor | None
     temperature: float
-    sampling: str
-    num_positives: int
-    num_negatives: int
-    hard_fraction: float
+    selection: Selection
     synthesis: "pico_fast.Synthesis | None"
     seed: int
 
     def call(self, function, **words):
         """`function` of the pairs and of all options that it has."""
         pairs = (self.anchors, self.anchor_labels, self.keys, self.key_labels)
-        counts = {"num_positives": self.num_positives, "num_negatives": self.num_negatives}
-        hard = {"hard_fraction": self.hard_fraction, "seed": self.seed, "sampling": self.sampling}
-        return function(*pairs, **counts, **hard, **words)
+        options = {**vars(self.selection), "seed": self.seed}
+        options["sampling"] = options.pop("negatives")
+        return function(*pairs, **options, **words)
+
+    def compared(self) -> tuple[Tensor, Tensor]:
+        """Keys [K, D] and labels [K] that anchors are compared with."""
+        return self[:2] if self.keys is None else self[2:4]
 
 
 def _rows(n, dim, shape, scale, g):
@@ -88,7 +89,7 @@ def _dress(x, clothes):
 
 
 @st.composite
-def scenes(draw, samplings=SAMPLINGS, dtypes=DTYPES, with_keys=False):
+def scenes(draw, samplings=SAMPLINGS, dtypes=DTYPES, with_keys=False, positives=POSITIVES):
     """Anchors, keys and options; `with_keys`: never in batch, and without mixes."""
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     n, k = draw(st.integers(1, 24)), draw(st.integers(0, 200))
@@ -109,8 +110,9 @@ def scenes(draw, samplings=SAMPLINGS, dtypes=DTYPES, with_keys=False):
     temperature = draw(st.sampled_from((0.005, 0.07, 0.1, 1.0, 5.0)))
     counts = (draw(st.integers(1, 12)), draw(st.integers(1, 40)))
     mixes = None if with_keys else draw(st.sampled_from((None, pico_fast.Synthesis(4, 3, 6))))
-    fraction = draw(st.sampled_from((0.1, 0.5, 1.0)))
-    return Scene(*pairs, temperature, draw(st.sampled_from(samplings)), *counts, fraction, mixes, 7)
+    names = (draw(st.sampled_from(samplings)), draw(st.sampled_from((None, *positives))))
+    selection = check_selection(*names, *counts, draw(st.sampled_from((0.1, 0.5, 1.0))))
+    return Scene(*pairs, temperature, selection, mixes, 7)
 
 
 class Bounds(NamedTuple):
@@ -141,74 +143,82 @@ def bounds(scene: Scene, loss: Tensor, rounding: dict[torch.dtype, float] = ROUN
     if in_batch:  # as a key of each other anchor as well, by weights that only Z has normalised
         of_keys = weight * (torch.expm1((4 * s).clamp(max=300)) + 64 * narrow)
         of_gradient = of_gradient + of_keys.sum()
-    smallest = 1e-44 if not exact else 0.0
+    # below 1e-38 each term of a float32 sum is off by up to 1e-45
+    smallest = 1e-45 * (8 + keys.shape[1]) if not exact else 0.0
     return Bounds(inner + smallest, of_loss, of_gradient + 1e-30)
 
 
 def truth(scene: Scene, picks) -> tuple[Tensor, Tensor]:
-    """Loss [A] and gradient [A, D] in float64, of all keys or of these picks."""
+    """Loss [A] and gradient [A, D] in float64, of these picks."""
     anchors = scene.anchors.double().clone().requires_grad_()
-    in_batch = scene.keys is None
-    keys = anchors if in_batch else scene.keys.double()
-    key_labels = scene.anchor_labels if in_batch else scene.key_labels
-    mixes = scene.synthesis and tuple(vars(scene.synthesis).values())
-    if picks is None:
-        pairs = (None, None) if in_batch else (keys, key_labels)
-        loss, _ = reference.contrast(
-            anchors, scene.anchor_labels, *pairs, scene.temperature, mixes=mixes, seed=scene.seed
+    keys = anchors if scene.keys is None else scene.keys.double()
+    positive, negative = picks
+    if len(keys) == 0:
+        keys = anchors.detach()[:1] * 0  # nothing was picked
+    s, away = (
+        (anchors[:, None] * keys[index.clamp(min=0)]).sum(2) / scene.temperature
+        for index in (positive, negative)
+    )
+    away = away.masked_fill(negative < 0, -math.inf)
+    if scene.synthesis and not (negative < 0).all():
+        *counts, pool = vars(scene.synthesis).values()
+        row = torch.arange(len(anchors), device=DEVICE)
+        mixed, exists = reference.synthesise(
+            anchors, keys, negative[:, :pool], row, *counts, scene.seed
         )
-    else:
-        positive, negative = picks
-        if len(keys) == 0:
-            keys = anchors.detach()[:1] * 0  # nothing was picked
-        s, away = (
-            (anchors[:, None] * keys[index.clamp(min=0)]).sum(2) / scene.temperature
-            for index in (positive, negative)
-        )
-        away = away.masked_fill(negative < 0, -math.inf)
-        if mixes and not (negative < 0).all():
-            mixed, exists = reference.synthesise(
-                anchors, keys, negative[:, : mixes[2]], *mixes[:2], scene.seed
-            )
-            more = (mixed * anchors[:, None]).sum(2) / scene.temperature
-            away = torch.cat([away, more.masked_fill(~exists, -math.inf)], 1)
-        some = (away > -math.inf).any(1)
-        z = away.masked_fill(~some[:, None], 0.0).logsumexp(1)
-        each = softplus(z[:, None] - s, threshold=40.0).masked_fill(
-            (positive < 0) | ~some[:, None], 0.0
-        )
-        loss = each.sum(1) / (positive >= 0).sum(1).clamp(min=1)
+        more = (mixed * anchors[:, None]).sum(2) / scene.temperature
+        away = torch.cat([away, more.masked_fill(~exists, -math.inf)], 1)
+    some = (away > -math.inf).any(1)
+    z = away.masked_fill(~some[:, None], 0.0).logsumexp(1)
+    each = softplus(z[:, None] - s, threshold=40.0).masked_fill(
+        (positive < 0) | ~some[:, None], 0.0
+    )
+    loss = each.sum(1) / (positive >= 0).sum(1).clamp(min=1)
     (gradient,) = torch.autograd.grad(loss.sum(), anchors)
     return loss.detach(), gradient
 
 
 def check_picks(scene: Scene, picks, allowed: Tensor) -> None:
-    """Picks of the right number, and none easier than what truth would have picked."""
-    in_batch = scene.keys is None
-    keys, labels = (scene.anchors, scene.anchor_labels) if in_batch else scene[2:4]
+    """Picks of the sample, of the right number, and none easier than what truth would have picked."""
+    keys, labels = scene.compared()
     similarity = scene.anchors.double() @ keys.double().T
     used = (scene.anchor_labels[:, None] >= 0) & (labels >= 0)
-    own = scene.anchor_labels[:, None] == labels
-    positive = used & own
-    if in_batch:
-        positive.fill_diagonal_(False)
-    counts = (scene.num_positives, scene.num_negatives)
-    for index, mask, count, sign in zip(
-        picks, (positive, used & ~own), counts, (-1, 1), strict=True
-    ):
-        for i in range(len(index)):
-            found = index[i][index[i] >= 0]
-            n = int(mask[i].sum())
-            if scene.sampling == "semi_hard":
-                pool = min(n, max(1, math.ceil(scene.hard_fraction * n)))
-            else:
-                pool = n if scene.sampling == "random" else min(n, count)
-            assert len(found) == min(pool, count) == len(found.unique())
-            assert mask[i, found].all() and (index[i][len(found) :] == -1).all()
-            if len(found):
-                hardness = sign * similarity[i]
-                threshold = hardness[mask[i]].sort(descending=True)[0][pool - 1]
-                assert (hardness[found] >= threshold - 2 * allowed[i]).all()
+    if scene.keys is None:
+        used.fill_diagonal_(False)
+    same = scene.anchor_labels[:, None] == labels
+    ceiling = [(math.inf, math.inf)] * len(similarity)
+    for own, index in ((True, picks[0]), (False, picks[1])):
+        need, strategy = scene.selection.needed(own), scene.selection.strategy(own)
+        offered = torch.ones_like(labels, dtype=torch.bool)
+        if need is not None:
+            drawn = reference.sample_keys(labels, need, own, scene.seed)
+            offered = torch.zeros_like(offered).index_fill_(0, drawn, True)
+        for i, row in enumerate(index):
+            candidates = (used[i] & (same[i] == own) & offered).nonzero()[:, 0]
+            s, found = similarity[i, candidates], row[row >= 0]
+            assert len(found) == len(found.unique()) and torch.isin(found, candidates).all()
+            assert (row[len(found) :] == -1).all()
+            # what lies near the mean of positives may be taken for less similar, or not
+            low, high = ceiling[i] if strategy == "bounded" else (math.inf, math.inf)
+            fewest, most = (
+                counted(scene.selection, own, int((s < bound).sum())) for bound in (low, high)
+            )
+            assert fewest <= len(found) <= most
+            assert (similarity[i, found] < high).all()
+            if own and len(s):
+                ceiling[i] = (float(s.mean() - 3 * allowed[i]), float(s.mean() + 3 * allowed[i]))
+            hardness = -similarity[i] if own else similarity[i]
+            certain = hardness[candidates][s < low].sort(descending=True)[0][: len(found)]
+            if len(certain):
+                assert (hardness[found] >= certain[-1:] - 2 * allowed[i]).all()
+
+
+def counted(selection: Selection, own: bool, n: int) -> int:
+    """How many of n candidates count."""
+    strategy = selection.strategy(own)
+    if strategy in ("semi_hard", "bounded"):
+        n = math.ceil(selection.hard_fraction * n)
+    return n if strategy in ("all", "random") else min(n, selection.count(own))
 
 
 def shares(found: Tensor, expected: Tensor, allowed: Tensor) -> float:
@@ -221,19 +231,10 @@ def shares(found: Tensor, expected: Tensor, allowed: Tensor) -> float:
 
 @given(scenes())
 def test_within_the_budget(figures, scene):
-    picks = None
-    if scene.sampling != "all":
-        chosen = scene.call(pico_fast.select_keys)
-        picks = chosen[:2]
-        if scene.sampling == "random":
-            # the same draw; its order follows the similarities, which are rounded
-            specified = scene.call(pico_fast.select_keys, impl="reference")
-            for mine, theirs in zip(picks, specified[:2], strict=True):
-                assert torch.equal(mine.sort()[0], theirs.sort()[0])
+    picks = scene.call(pico_fast.select_keys)[:2]
     expected, gradient = truth(scene, picks)
     allowed = bounds(scene, expected)
-    if picks is not None:
-        check_picks(scene, picks, allowed.inner)
+    check_picks(scene, picks, allowed.inner)
     x = scene.anchors.detach().requires_grad_()
     words = {"temperature": scene.temperature, "synthesis": scene.synthesis, "reduction": "none"}
     loss = scene._replace(anchors=x).call(pico_fast.contrast, **words)
@@ -251,10 +252,10 @@ def test_within_the_budget(figures, scene):
     figures.most("budget", "worst error, as a share of its budget", max(worst, of_gradient))
 
 
-@given(scenes(("hardest", "random", "semi_hard")))
+@given(scenes())
 def test_similarities_are_those_of_the_picks(scene):
     chosen = scene.call(pico_fast.select_keys)
-    keys = scene.anchors if scene.keys is None else scene.keys
+    keys, _ = scene.compared()
     allowed = bounds(scene, torch.zeros(len(scene.anchors), device=DEVICE)).inner[:, None]
     for index, found in zip(chosen[:2], chosen[2:], strict=True):
         there = index >= 0

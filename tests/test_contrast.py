@@ -7,7 +7,14 @@ import torch
 from torch.nn.functional import normalize
 
 import pico_fast
-from pico_fast import contrast_any, contrast_cpu, reference
+from pico_fast import reference
+from pico_fast.bank.memory_bank import Share
+from pico_fast.contrast import cpu, eager
+from pico_fast.contrast.function import Settings, contrast_rows
+from pico_fast.regions import why_not_compiled
+from pico_fast.selection import layout as layouts
+from pico_fast.selection.eager import class_of_positions
+from pico_fast.selection.options import EVERYTHING, POSITIVES, SAMPLINGS, check_selection
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -113,28 +120,35 @@ def test_loss_and_gradient_are_those_of_the_formula(name, in_batch, temperature,
         close(leaf.grad, want.grad if want.grad is not None else torch.zeros_like(want), 1e-4)
 
 
-@pytest.mark.parametrize("page", (contrast_cpu, contrast_any))
+PAGES = [eager] + [cpu] * (why_not_compiled is None)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.__name__)
 @pytest.mark.parametrize("shape", ((70, 9001, 40, 7), (1, 1, 16, 2), (300, 40, 17, 50)))
-def test_both_streaming_pages_agree_with_the_formula(page, shape):
+def test_sums_of_tiles_agree_with_the_formula(page, shape):
     anchors, anchor_labels, keys, key_labels = (
         t.double() if t.is_floating_point() else t for t in case("clustered", *shape)
     )
-    pairs = (anchors, anchor_labels, keys, key_labels)
-    found = page.contrast_all(*pairs, None, None, 0.1, True)
-    leaf = anchors.clone().requires_grad_()
-    key_leaf = keys.clone().requires_grad_()
+    work = layouts.of_labels(anchors, anchor_labels, keys, key_labels)
+    nobody, n = (None, None, None), work.available(True)
+    lse, mean, away = page.negatives(*work.tensors, *nobody, 0.1, True)
+    loss, weight, similar, pull = page.positives(*work.tensors, *nobody, lse, 0.1, True)
+    leaf, key_leaf = anchors.clone().requires_grad_(), keys.clone().requires_grad_()
     expected = truth(leaf, anchor_labels, key_leaf, key_labels, 0.1)
-    close(found[0], expected.detach(), 1e-10)
+    share = 1 / n.clamp(min=1).double()
+    close(work.restore(loss * share), expected.detach(), 1e-10)
     expected.sum().backward()
-    close(found[5], leaf.grad, 1e-9)
-    grad = page.contrast_all_keys_grad(torch.ones(len(leaf)), *pairs, found[1], found[2], 0.1)
+    gradient = (share * 10 * weight)[:, None] * mean - (share * 10)[:, None] * pull
+    close(work.restore(gradient), leaf.grad, 1e-9)
+    key_grad = page.keys_grad(*work.tensors, True, *nobody, lse, share * 10, 0.1)
+    key_grad += page.keys_grad(*work.tensors, False, *nobody, lse, share * 10 * weight, 0.1)
     # no anchor has a positive where there is one key: nothing reaches the keys then
-    key_grad = torch.zeros_like(keys) if key_leaf.grad is None else key_leaf.grad
-    close(grad, key_grad, 1e-9)
+    close(key_grad, torch.zeros_like(keys) if key_leaf.grad is None else key_leaf.grad, 1e-9)
     similarity = anchors @ keys.T
-    positive, negative = reference._pair_masks(anchor_labels, key_labels, False)
-    for output, mask in ((found[3], positive), (found[4], negative)):
-        close(output, (similarity * mask).sum(1) / mask.sum(1).clamp(min=1), 1e-10)
+    used = (anchor_labels[:, None] >= 0) & (key_labels >= 0)
+    own = anchor_labels[:, None] == key_labels
+    for output, mask in ((similar, used & own), (away, used & ~own)):
+        close(work.restore(output), (similarity * mask).sum(1), 1e-10)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -170,13 +184,8 @@ def test_rows_of_any_length_stay_finite_and_exact(norm, temperature):
     loss = pico_fast.contrast(
         anchors, anchor_labels, keys, key_labels, temperature, reduction="none"
     )
-    expected = torch.stack(
-        list(
-            reference.contrast(
-                anchors.detach().double(), anchor_labels, keys.double(), key_labels, temperature
-            )[0]
-        )
-    )
+    exact = (anchors.detach().double(), anchor_labels, keys.double(), key_labels)
+    expected, _ = reference.contrast(*exact, temperature, EVERYTHING)
     close(loss, expected, 1e-5)
     loss.sum().backward()
     assert anchors.grad.isfinite().all()
@@ -203,7 +212,7 @@ def test_empty_slots_may_hold_nan():
     keys[key_labels < 0] = math.inf
     for in_batch in (False, True):
         rest = (None, None) if in_batch else (keys, key_labels)
-        for sampling in ("all", "hardest", "semi_hard", "random"):
+        for sampling in SAMPLINGS:
             for impl in (None, "reference"):
                 leaf = anchors.clone().requires_grad_()
                 loss = pico_fast.contrast(
@@ -228,82 +237,113 @@ def test_reductions_count_anchors_with_a_positive():
     torch.testing.assert_close(pico_fast.contrast(*pairs), rows.sum() / counted.sum())
 
 
-@pytest.mark.parametrize("sampling", ("all", "hardest", "semi_hard", "random"))
+LAYOUTS = ("labels", "bank", "in batch")
+
+
+def rows_of(layout, pairs, settings, seed=3):
+    """Loss [A] and which of them count [A], of keys with labels, of a bank, or in batch."""
+    anchors, anchor_labels, keys, key_labels = pairs
+    share = None
+    if layout == "in batch":
+        keys = key_labels = None
+    if layout == "bank":
+        # 5 classes x (40 + 26) slots, of which some are in use and the others hold anything
+        first, used = torch.arange(5) * 66, torch.tensor([40, 0, 31, 7, 40])
+        ranges = torch.stack([first, used, first + 40, used * 5 // 8], 1).view(5, 2, 2)
+        empty = class_of_positions(ranges, 330) < 0
+        share = Share(keys[:330].masked_fill(empty[:, None], math.nan), ranges, ranges, 66, 0, None)
+        keys = key_labels = None
+    labels = (anchor_labels, keys, key_labels)
+    return contrast_rows(anchors, *labels, share, settings, torch.tensor(seed))[:2]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("positives", (None, *POSITIVES))
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_everything_equals_the_reference(sampling, positives, layout):
+    """Losses and gradients, of the keys too, for every choice of keys, with mixes and without."""
+    selection = check_selection(sampling, positives, 6, 11, 0.3)
+    case_ = [x.double() if x.is_floating_point() else x for x in case("clustered", 19)]
+    for synthesis in (None, pico_fast.Synthesis(7, 5, 20)):
+        found = []
+        for is_reference in (False, True):
+            leaf, key_leaf = (case_[i].clone().requires_grad_() for i in (0, 2))
+            pairs = (leaf, case_[1], key_leaf, case_[3])
+            of = Settings(selection, 0.1, synthesis, is_reference)
+            loss, counted = rows_of(layout, pairs, of)
+            weights = torch.linspace(-1, 2, len(loss), dtype=loss.dtype)
+            (loss * weights).sum().backward()
+            found.append((loss.detach(), counted, leaf.grad, key_leaf.grad))
+        (loss, counted, *grads), (expected, counts, *wanted) = found
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+        assert torch.equal(counted, counts)
+        if layout == "bank":  # which carries no gradient
+            grads, wanted = grads[:1], wanted[:1]
+        for got, want in zip(grads, wanted, strict=True):
+            if want is None:
+                assert got is None
+            else:
+                assert (got - want).norm() <= 1e-9 * want.norm()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("in_batch", (False, True))
-@pytest.mark.parametrize("synthesis", (None, pico_fast.Synthesis(7, 5, 20)))
-@pytest.mark.parametrize("key_dtype", (torch.float32, torch.float64, torch.bfloat16))
-def test_every_sampling_and_synthesis_equals_the_reference(
-    sampling, in_batch, synthesis, key_dtype
-):
+@pytest.mark.parametrize("key_dtype", (torch.float32, torch.bfloat16))
+def test_reductions_and_dtypes_equal_the_reference(sampling, in_batch, key_dtype):
     anchors, anchor_labels, keys, key_labels = case("clustered")
-    keys = keys.to(key_dtype)
-    grads = []
-    for impl in (None, "reference"):
-        leaf = anchors.to(torch.float32 if key_dtype == torch.bfloat16 else key_dtype)
-        leaf = leaf.clone().requires_grad_()
-        key_leaf = keys.clone().requires_grad_()
-        rest = (None, None) if in_batch else (key_leaf, key_labels)
-        loss = pico_fast.contrast(
-            leaf,
-            anchor_labels,
-            *rest,
-            sampling=sampling,
-            num_positives=6,
-            num_negatives=11,
-            hard_fraction=0.3,
-            synthesis=synthesis,
-            seed=3,
-            impl=impl,
-        )
-        loss.backward()
-        grads.append((loss.detach(), leaf.grad, key_leaf.grad))
-    coarse = key_dtype == torch.bfloat16 and not in_batch
-    tolerance = 1e-2 if coarse else 2e-6
-    torch.testing.assert_close(grads[0][0], grads[1][0], rtol=tolerance, atol=0)
-    for got, want in zip(grads[0][1:], grads[1][1:], strict=True):
-        if want is None:
-            assert got is None
-            continue
-        assert (got.double() - want.double()).norm() <= tolerance * want.double().norm()
+    rest = (None, None) if in_batch else (keys.to(key_dtype), key_labels)
+    tolerance = 1e-2 if key_dtype == torch.bfloat16 and not in_batch else 2e-6
+    options = {"num_positives": 6, "num_negatives": 11, "hard_fraction": 0.3, "seed": 3}
+    for reduction in ("mean", "sum", "none"):
+        found = []
+        for impl in (None, "reference"):
+            leaf = anchors.clone().requires_grad_()
+            loss = pico_fast.contrast(
+                leaf,
+                anchor_labels,
+                *rest,
+                sampling=sampling,
+                **options,
+                reduction=reduction,
+                impl=impl,
+            )
+            (grad,) = torch.autograd.grad(loss.sum(), leaf)
+            found.append((loss.detach(), grad))
+        for got, want in zip(*found, strict=True):
+            assert got.shape == want.shape and got.dtype == want.dtype
+            assert (got.double() - want.double()).norm() <= tolerance * want.double().norm()
 
 
-@pytest.mark.parametrize("sampling", ("all", "hardest", "semi_hard", "random"))
-@pytest.mark.parametrize("synthesis", (None, pico_fast.Synthesis(3, 2, 9)))
-def test_the_gradient_is_the_derivative_in_float64(sampling, synthesis):
-    anchors, anchor_labels, keys, key_labels = case("random", 6, 40, 5, 3)
+@pytest.mark.parametrize("in_batch", (False, True))
+@pytest.mark.parametrize(
+    ("sampling", "positives"),
+    [*((name, None) for name in SAMPLINGS), ("bounded", "semi_hard"), ("hardest", "random")],
+)
+def test_the_gradient_is_the_derivative_in_float64(sampling, positives, in_batch):
+    anchors, anchor_labels, keys, key_labels = case("random", 7, 20, 3, 3)
 
     def loss(anchors, keys):
         return pico_fast.contrast(
             anchors,
             anchor_labels,
-            keys,
-            key_labels,
-            0.3,
-            sampling,
+            *((None, None) if in_batch else (keys, key_labels)),
+            temperature=0.3,
+            sampling=sampling,
+            positives=positives,
             num_positives=4,
             num_negatives=8,
             hard_fraction=0.5,
             reduction="sum",
         )
 
-    leaves = (anchors.double().requires_grad_(), keys.double().requires_grad_())
+    leaves = (anchors.double().requires_grad_(), keys.double().requires_grad_(not in_batch))
+    assert loss(*leaves) > 0
     assert torch.autograd.gradcheck(loss, leaves)
-    if synthesis is not None:
-        # mixes are constants: the derivative is that of the loss with the mixes held
-        grads = []
-        for impl in (None, "reference"):
-            leaf = anchors.double().requires_grad_()
-            pico_fast.contrast(
-                leaf, anchor_labels, keys.double(), key_labels, 0.3, sampling,
-                synthesis=synthesis, impl=impl,
-            ).backward()  # fmt: skip
-            grads.append(leaf.grad)
-        torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
 
 
 def test_the_same_call_gives_the_same_bits():
     anchors, anchor_labels, keys, key_labels = case("clustered", 100, 5000, 64)
-    for sampling in ("all", "hardest", "semi_hard", "random"):
+    for sampling in SAMPLINGS:
         runs = []
         for _ in range(2):
             leaf = anchors.clone().requires_grad_()
@@ -318,19 +358,20 @@ def test_the_same_call_gives_the_same_bits():
 
 def test_the_bank_may_be_written_before_the_backward():
     anchors, anchor_labels, keys, key_labels = case("random")
-    grads = []
-    for overwrite in (False, True):
-        leaf, bank = anchors.clone().requires_grad_(), keys.clone()
-        loss = pico_fast.contrast(leaf, anchor_labels, bank, key_labels)
-        if overwrite:
-            bank.fill_(math.nan)
-        loss.backward()
-        grads.append(leaf.grad)
-    assert torch.equal(*grads)
+    for sampling in SAMPLINGS:
+        grads = []
+        for overwrite in (False, True):
+            leaf, bank = anchors.clone().requires_grad_(), keys.clone()
+            loss = pico_fast.contrast(leaf, anchor_labels, bank, key_labels, sampling=sampling)
+            if overwrite:
+                bank.fill_(math.nan)
+            loss.backward()
+            grads.append(leaf.grad)
+        assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("impl", (None, "reference"))
-@pytest.mark.parametrize("sampling", ("all", "hardest"))
+@pytest.mark.parametrize("sampling", [s for s in SAMPLINGS if s != "bounded"])
 def test_float64_is_exact_where_a_positive_is_far_below_the_negatives(impl, sampling):
     """softplus(x) is not x at x = 20 to 36: torch's default takes it for that, which is 2e-9 too little."""
     x = torch.tensor([21.0, 25.0, 30.0], dtype=torch.float64)
@@ -347,7 +388,7 @@ def test_float64_is_exact_where_a_positive_is_far_below_the_negatives(impl, samp
         torch.testing.assert_close(grad[0, 0], expected, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("sampling", ("hardest", "random", "semi_hard"))
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_weights_of_selected_negatives_add_up_to_one(sampling):
     """At similarities of 1e8 float32 rounds Z by whole numbers; weights made of it would not."""
     anchors = torch.full((3, 257), 1e4 / 257**0.5, requires_grad=True)

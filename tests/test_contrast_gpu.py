@@ -1,26 +1,29 @@
-"""`contrast` with all keys on a GPU at full size: truth, same bits, memory, graphs, no recompilation."""
+"""The contrast with all keys on a GPU at full size: truth, same bits, memory, graphs, no recompilation."""
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 import pico_fast
-from pico_fast import contrast_any, info
+from pico_fast import info
+from pico_fast.contrast import eager, ops
+from pico_fast.selection.layout import of_bank
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 CLASSES, SLOTS, CHANNELS = 171, 10_000, 256
+ALL = (None, None, None)
 
 
 def bank_of(slots, clustered, dtype=torch.bfloat16, channels=CHANNELS):
-    """Keys [171 * slots, D] class by class, their segments, and the classes' centres."""
+    """Keys [171 * slots, D] class by class, their ranges, and the classes' centres."""
     torch.manual_seed(0)
     centres = torch.randn(CLASSES, 1, channels, device="cuda") * (0.5 if clustered else 0.0)
     keys = torch.randn(CLASSES, slots, channels, device="cuda", dtype=torch.bfloat16) + centres
     keys = normalize(keys, dim=2).to(dtype)
     first = torch.arange(CLASSES, device="cuda") * slots
-    segments = torch.stack([first, torch.full_like(first, slots)], 1).unsqueeze(1)
-    return keys.flatten(0, 1), segments, centres[:, 0]
+    ranges = torch.stack([first, torch.full_like(first, slots)], 1).unsqueeze(1)
+    return keys.flatten(0, 1), ranges, centres[:, 0]
 
 
 def anchors_of(n, centres):
@@ -29,8 +32,23 @@ def anchors_of(n, centres):
     return normalize(rows, dim=1), labels
 
 
+def sums(page, of):
+    """What both ops of a page say: lse, mean and away, then loss, weight, similar and pull."""
+    found = page.negatives(*of.tensors, *ALL, 0.1, True)
+    return *found, *page.positives(*of.tensors, *ALL, found[0], 0.1, True)
+
+
+def check(found, expected, relative):
+    """Every sum within a share of its length."""
+    for mine, theirs in zip(found, expected, strict=True):
+        finite = theirs.isfinite()
+        assert torch.equal(mine[~finite].double(), theirs[~finite])
+        error = (mine.double() - theirs)[finite].norm()
+        assert error <= relative * theirs[finite].norm().clamp(min=1e-9)
+
+
 def test_the_ops_are_triton():
-    for op in ("contrast_all", "contrast_all_keys_grad"):
+    for op in ("negatives", "positives", "keys_grad"):
         assert info.implementation(f"pico_fast::{op}", "CUDA") == "Triton"
 
 
@@ -38,62 +56,57 @@ def test_the_ops_are_triton():
 @pytest.mark.parametrize("n_anchors", (1, 100, 1024, 4096, 16384))
 @pytest.mark.parametrize("slots", (1000, SLOTS))
 def test_error_at_full_size(n_anchors, slots, clustered):
-    keys, segments, centres = bank_of(slots, clustered)
-    anchors, labels = anchors_of(n_anchors, centres)
-    some = slice(0, 256)  # the truth of a few anchors is the truth of all
-    # what bfloat16 anchors cost is not the kernel's error
-    rounded = anchors.bfloat16()[some].double()
-    expected = contrast_any.contrast_all(
-        rounded, labels[some], keys, None, None, None, 0.1, True, segments
-    )
-    ops = torch.ops.pico_fast
+    keys, ranges, centres = bank_of(slots, clustered)
+    of = of_bank(*anchors_of(n_anchors, centres), keys, ranges)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    found = ops.contrast_all(anchors, labels, keys, None, None, None, 0.1, True, segments)
+    found = sums(ops, of)
     assert torch.cuda.max_memory_allocated() - before <= 500e6
-    torch.testing.assert_close(found[0][some].double(), expected[0], rtol=1e-4, atol=1e-5)
-    error = (found[5][some].double() - expected[5]).norm() / expected[5].norm().clamp(min=1e-9)
-    assert error <= 5e-3  # the weights of the keys are rounded to bfloat16 once
-    again = ops.contrast_all(anchors, labels, keys, None, None, None, 0.1, True, segments)
+    again = sums(ops, of)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    some = slice(None, None, -(-n_anchors // 256))  # the truth of a few anchors is the truth of all
+    # what bfloat16 anchors cost is not the kernel's error
+    rounded = of.anchors[some].bfloat16().double()
+    few = of._replace(anchors=rounded, anchor_class=of.anchor_class[some])
+    # the weights of the keys are rounded to bfloat16 once
+    check([x[some] for x in found], sums(eager, few), 5e-3)
 
 
 @pytest.mark.parametrize("channels", (16, 48, 64, 96, 128, 320, 512))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 def test_every_width_and_dtype(dtype, channels):
-    keys, segments, centres = bank_of(257, True, dtype, channels)
-    anchors, labels = anchors_of(333, centres)
+    keys, ranges, centres = bank_of(257, True, dtype, channels)
+    of = of_bank(*anchors_of(333, centres), keys, ranges)
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        found = torch.ops.pico_fast.contrast_all(
-            anchors, labels, keys, None, None, None, 0.1, True, segments
-        )
+        found = sums(ops, of)
+        factor = torch.randn(333, device="cuda")
+        grads = [
+            ops.keys_grad(*of.tensors, own, *ALL, found[0], factor, 0.1) for own in (False, True)
+        ]
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    expected = contrast_any.contrast_all(
-        anchors.double(), labels, keys, None, None, None, 0.1, True, segments
-    )
-    torch.testing.assert_close(found[0].double(), expected[0], rtol=2e-2, atol=2e-2)
-    assert (found[5] - expected[5]).norm() <= 3e-2 * expected[5].norm()
+    wide = of._replace(anchors=of.anchors.double())
+    check(found, sums(eager, wide), 3e-2)
+    rest = (*ALL, found[0].double(), factor.double(), 0.1)
+    expected = [eager.keys_grad(*wide.tensors, own, *rest) for own in (False, True)]
+    check(grads, expected, 5e-2)
 
 
 def test_no_recompilation_from_step_to_step():
     from pico_fast.kernels import contrast as kernels
 
-    keys, segments, centres = bank_of(100, False)
+    keys, ranges, centres = bank_of(100, False)
     for n in (100, 101, 102):
-        anchors, labels = anchors_of(n, centres)
-        torch.ops.pico_fast.contrast_all(
-            anchors, labels, keys, None, None, None, 0.1, True, segments
-        )
-    compiled = len(kernels.negatives_kernel.device_caches[torch.cuda.current_device()][0])
+        sums(ops, of_bank(*anchors_of(n, centres), keys, ranges))
+    caches = kernels.negatives_kernel.device_caches[torch.cuda.current_device()]
+    compiled = len(caches[0])
     for n in (103, 105, 107):
         anchors, labels = anchors_of(n, centres)
-        torch.ops.pico_fast.contrast_all(
-            anchors, labels, keys[: 171 * 100 - n], None, None, None, 0.1, True, segments[:-2]
-        )
-    assert len(kernels.negatives_kernel.device_caches[torch.cuda.current_device()][0]) == compiled
+        labels = labels.clamp(max=CLASSES - 3)
+        sums(ops, of_bank(anchors, labels, keys[: 171 * 100 - n], ranges[:-2]))
+    assert len(caches[0]) == compiled
 
 
 def test_a_whole_criterion_step_is_one_graph():

@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.functional import interpolate, normalize
 
 import pico_fast
-from pico_fast import reference
+from pico_fast import draws
+from pico_fast.selection.options import SAMPLINGS
 
 # the compiler lists torch's functions once; it must see the true ones, before a fixture wraps any
 torch._dynamo.trace_rules.get_torch_obj_rule_map()
 
-SAMPLINGS = ("all", "random", "hardest", "semi_hard")
 MIXES = pico_fast.Synthesis(3, 2, 4)
 
 
@@ -61,7 +61,7 @@ def anchors_of(loss, feats, labels, predict, step=0):
         loss.max_views,
         loss.max_views + 1,
         num_classes=loss.num_classes,
-        seed=reference.step_seed(loss.seed, step),
+        seed=draws.step_seed(loss.seed, step),
     )
     rows = feats.permute(0, 2, 3, 1).flatten(0, 2)[pixel[pixel >= 0]]
     return rows, label[pixel >= 0]
@@ -201,13 +201,16 @@ def rows(dtype=torch.float32):
 @pytest.mark.parametrize("in_batch", [False, True])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_contrast_compiles_whole(sampling, in_batch):
+    torch._dynamo.reset()  # one function is compiled for all of these, and it knows a limit
     anchors, anchor_labels, keys, key_labels = rows()
     pair = (None, None) if in_batch else (keys.requires_grad_(), key_labels)
     wants = [anchors.requires_grad_()] + [t for t in pair[:1] if t is not None]
 
+    counts = {"num_positives": 3, "num_negatives": 4, "hard_fraction": 0.5}
+
     def loss(seed):
         return pico_fast.contrast(
-            anchors, anchor_labels, *pair, 0.1, sampling, 3, 4, 0.5, MIXES, seed
+            anchors, anchor_labels, *pair, sampling=sampling, synthesis=MIXES, seed=seed, **counts
         )
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

@@ -131,6 +131,7 @@ NO_PREDICTIONS = (
 )
 NO_SELECTION = {
     "sampling": ("hard", "ALL", None, 3),
+    "positives": ("hard", "bounded", "ALL", 3, True, ("all",)),
     "num_positives": NO_COUNT,
     "num_negatives": NO_COUNT,
     "hard_fraction": (0.0, -0.1, 1.01, math.nan, True, "0.1"),

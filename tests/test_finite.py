@@ -7,9 +7,11 @@ import torch
 from torch.nn.functional import normalize
 
 import pico_fast
-from pico_fast import contrast_any, contrast_cpu
+from pico_fast.contrast import cpu, eager
+from pico_fast.regions import why_not_compiled
+from pico_fast.selection import layout as layouts
+from pico_fast.selection.options import SAMPLINGS
 
-SAMPLINGS = ("all", "random", "hardest", "semi_hard")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VALUES = (math.nan, math.inf, -math.inf)
 
@@ -71,7 +73,8 @@ def test_an_empty_slot_of_anchors_may_hold_anything(value):
 def test_such_an_anchor_selects_nothing_and_is_selected_by_none(impl, sampling):
     anchors, labels, *pairs = scene(True)
     anchors[5, 3] = math.nan
-    found = pico_fast.select_keys(anchors, labels, *pairs, sampling, 5, 9, impl=impl)
+    counts = {"num_positives": 5, "num_negatives": 9}
+    found = pico_fast.select_keys(anchors, labels, *pairs, sampling, **counts, impl=impl)
     assert (found.positive_index[5] == -1).all() and (found.negative_index[5] == -1).all()
     assert not (found.positive_index == 5).any() and not (found.negative_index == 5).any()
     assert found.positive_similarity.isfinite().all() and found.negative_similarity.isfinite().all()
@@ -89,23 +92,30 @@ def test_keys_in_use_have_to_be_finite(call, value):
 
 
 def kernels():
-    return pytest.importorskip("pico_fast.contrast_gpu", reason="needs Triton")
+    return pytest.importorskip("pico_fast.contrast.gpu", reason="needs Triton")
+
+
+PAGES = {"eager": lambda: eager, "Triton": kernels}
+if why_not_compiled is None:
+    PAGES["CPU"] = lambda: cpu
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize(
-    "of", (lambda: contrast_any, lambda: contrast_cpu, kernels), ids=("any", "CPU", "Triton")
-)
-def test_elsewhere_a_key_of_nan_makes_nan_of_whom_it_meets(of):
+@pytest.mark.parametrize("page", PAGES)
+def test_elsewhere_a_key_of_nan_makes_nan_of_whom_it_meets(page):
     """Where no check can be made without reading back: never a number that is wrong."""
     anchors, labels, keys, key_labels = scene(False, torch.bfloat16)
     keys[16, 2] = math.nan  # of class 0
-    loss, lse, *_ = of().contrast_all(
-        *(x.to(DEVICE) for x in (anchors, labels, keys, key_labels)), None, None, 0.1, True
-    )
-    used = labels >= 0
-    assert loss[used].isnan().all() and not loss[~used].any()
-    assert lse[used & (labels != 0)].isnan().all()
+    work = layouts.of_labels(*(x.to(DEVICE) for x in (anchors, labels, keys, key_labels)))
+    page, nobody, used = PAGES[page](), (None, None, None), work.anchor_class >= 0
+    other = used & (work.names[work.anchor_class] != 0)
+    lse, mean, away = page.negatives(*work.tensors, *nobody, 0.1, True)
+    assert lse[other].isnan().all() and mean[other].isnan().any(1).all()
+    assert lse[used & ~other].isfinite().all()
+    assert away[other].isnan().all() and (lse[~used] == -math.inf).all() and not mean[~used].any()
+    loss = page.positives(*work.tensors, *nobody, lse.nan_to_num(1.0), 0.1, True)[0]
+    assert loss[used & ~other].isnan().all() and loss[other].isfinite().all()
+    assert not loss[~used].any()
 
 
 @pytest.mark.parametrize("queues", ((40, 8), (0, 0)))
@@ -142,3 +152,15 @@ def test_finite_rows_whose_sum_is_not_are_finite():
     large = large.abs()
     loss = pico_fast.contrast(anchors * 1e-38, labels, large, key_labels)
     assert loss.isfinite() and loss > 0
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_keys_of_any_length_have_a_finite_gradient(sampling):
+    """Similarities of 2e10: a weight is made of their difference, which is rounded by thousands."""
+    labels = torch.tensor([0, 1, 1, 0] * 4)
+    long = normalize(torch.randn(1, 3) + 0.05 * torch.randn(16, 3), dim=1) * 1e4
+    words = {"sampling": sampling, "temperature": 0.005}
+    _, grad = each(long, labels, None, None, **words)
+    assert grad.isfinite().all()
+    # no weight is above 1: rows of 1e4 by weights of 16 anchors, by 1 / temperature
+    assert grad.norm(dim=1).max() < 4 * 16 * 1e4 / 0.005

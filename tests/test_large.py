@@ -8,10 +8,14 @@ import torch
 from torch.nn.functional import normalize
 
 import pico_fast
+from pico_fast.contrast import eager
+from pico_fast.selection import eager as choosing
+from pico_fast.selection import layout as layouts
+from pico_fast.selection.options import SAMPLINGS, check_selection
+from pico_fast.selection.sample import draw_sample
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SAMPLINGS = ("all", "random", "hardest", "semi_hard")
 APART = 2**27  # bytes between rows: the last ones are 2^33 bytes from the first
 
 
@@ -44,36 +48,52 @@ def test_keys_far_apart(sampling, dtype, figures):
         x = anchors.clone().requires_grad_()
         loss = pico_fast.contrast(x, labels, rows, key_labels, **words)
         found.append((loss.detach(), *torch.autograd.grad(loss, x)))
-        picks = pico_fast.select_keys(anchors, labels, rows, key_labels, sampling, 5, 9)
-        found[-1] += tuple(picks)
+        counts = {"sampling": sampling, "num_positives": 5, "num_negatives": 9}
+        found[-1] += tuple(pico_fast.select_keys(anchors, labels, rows, key_labels, **counts))
     for near, far in zip(*found, strict=True):
         torch.testing.assert_close(far, near)
     figures.add("large", "calls with offsets beyond 2^32")
 
 
-def gpu_kernels(pairs, segments, samplings):
+def sums_and_picks(contrast, selection, work):
+    """Sums of both sides and the hardest negatives, in the order of the layout's anchors."""
+    nobody = (None, None, None)
+    found = [*contrast.negatives(*work.tensors, *nobody, 0.1, True)]
+    found += contrast.positives(*work.tensors, *nobody, found[0], 0.1, True)
+    return [*found, *selection.hardest(*work.tensors, False, None, 9, False)]
+
+
+def same_sums_and_picks(found, expected, keys, others, **bounds):
+    """The same sums, and picks of the same rows."""
+    for i, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        if mine.dtype == torch.int64:
+            assert torch.equal(mine < 0, theirs < 0)
+            mine, theirs = keys[mine.clamp(min=0)], others[theirs.clamp(min=0)]
+            mine, theirs = (
+                x.float().masked_fill(found[i][..., None] < 0, 0) for x in (mine, theirs)
+            )
+        torch.testing.assert_close(mine, theirs, **bounds)
+
+
+def gpu_kernels(work):
     """What the Triton kernels say, interpreted without a GPU: numpy's integers wrap around as well."""
-    contrast_gpu = pytest.importorskip("pico_fast.contrast_gpu", reason="needs Triton")
-    selection_gpu = pytest.importorskip("pico_fast.selection_gpu", reason="needs Triton")
-    found = contrast_gpu.contrast_all(*pairs, None, None, 0.1, True, segments)
-    seed = torch.tensor(5, device=DEVICE)
-    for sampling in samplings:
-        found += selection_gpu.select_keys(*pairs, sampling, 5, 9, 0.5, seed, segments)[2:]
-    return found
+    contrast = pytest.importorskip("pico_fast.contrast.gpu", reason="needs Triton")
+    selection = pytest.importorskip("pico_fast.selection.gpu", reason="needs Triton")
+    return sums_and_picks(contrast, selection, work)
 
 
 def test_kernels_gather_keys_far_apart(figures):
     anchors, labels, keys, key_labels = (x.to(DEVICE) for x in scene(torch.float16))
+    anchors = anchors.half()  # as products take them
     if DEVICE == "cuda":  # whose memory has to be there: 9 GB
         memory = torch.empty(len(keys) * APART // 2, dtype=torch.float16, device=DEVICE)
         far = memory.as_strided(keys.shape, (APART // 2, 1)).copy_(keys)
     else:
         far = far_rows(keys)
-    samplings = ("hardest", "semi_hard")
-    pairs = [(anchors, labels, rows, key_labels) for rows in (keys, far)]
-    found = [gpu_kernels(each, None, samplings) for each in pairs]
-    for near, mine in zip(*found, strict=True):
-        torch.testing.assert_close(mine, near)
+    near, away = (layouts.of_labels(anchors, labels, x, key_labels) for x in (keys, far))
+    # weights of the kernels are rounded to float16
+    expected = sums_and_picks(eager, choosing, near)
+    same_sums_and_picks(gpu_kernels(away), expected, keys, keys, rtol=2e-3, atol=2e-3)
     figures.add("large", "calls with offsets beyond 2^32", 3)
 
 
@@ -86,22 +106,22 @@ def test_kernels_read_the_end_of_a_large_bank(dim, figures):
         bank = untouched(3 * n * dim, torch.float16).view(3, n, dim)
     rows = normalize(torch.randn(3, 25, dim), dim=2).half().to(DEVICE)
     bank[:, :10], bank[:, -15:] = rows[:, :10], rows[:, 10:]
-
-    def parts(slots):
-        first = torch.arange(3, device=DEVICE) * slots
-        described = [first, first * 0 + 10, first + slots - 15, first * 0 + 15]
-        return torch.stack(described, 1).view(3, 2, 2)
-
-    anchors = normalize(torch.randn(7, dim), dim=1).to(DEVICE)
+    anchors = normalize(torch.randn(7, dim), dim=1).half().to(DEVICE)
     labels = torch.arange(7, device=DEVICE) % 3
-    found = [
-        gpu_kernels((anchors, labels, keys.flatten(0, 1), None), parts(keys.shape[1]), ("hardest",))
-        for keys in (rows, bank)
+    works = [
+        layouts.of_bank(anchors, labels, keys.flatten(0, 1), ends(3, keys.shape[1], 10, 15))
+        for keys in (bank, rows)
     ]
-    # tiles end elsewhere, so weights are rounded to float16 against other maxima
-    for near, mine in zip(*found, strict=True):
-        torch.testing.assert_close(mine, near, rtol=2e-3, atol=2e-3)
+    found, expected = gpu_kernels(works[0]), sums_and_picks(eager, choosing, works[1])
+    same_sums_and_picks(found, expected, works[0].keys, works[1].keys, rtol=2e-3, atol=2e-3)
     figures.add("large", "calls with offsets beyond 2^31", 2)
+
+
+def ends(classes, slots, n_first, n_last):
+    """Ranges of a bank of which each class has its first and its last slots in use."""
+    first = torch.arange(classes, device=DEVICE) * slots
+    parts = [first, first * 0 + n_first, first + slots - n_last, first * 0 + n_last]
+    return torch.stack(parts, 1).view(classes, 2, 2)
 
 
 def test_images_far_apart(figures):
@@ -130,25 +150,23 @@ def test_a_bank_of_more_than_2_to_the_31_values(figures):
     assert storage.numel() > 2**31
     rows = normalize(torch.randn(classes, 40, dim), dim=2).bfloat16()
     storage[:, :10], storage[:, -30:] = rows[:, :10], rows[:, 10:]
-    first = torch.arange(classes) * slots
-    segments = torch.stack([first, first * 0 + 10, first + slots - 30, first * 0 + 30], 1)
-    segments = segments.view(classes, 2, 2)
     anchors, labels = normalize(torch.randn(14, dim), dim=1), torch.arange(14) % classes
-    keys, key_labels = rows.flatten(0, 1), torch.arange(classes).repeat_interleave(40)
+    works = [
+        layouts.of_bank(anchors, labels, keys.flatten(0, 1), ends(classes, keys.shape[1], 10, 30))
+        for keys in (storage, rows)
+    ]
     ops = torch.ops.pico_fast
-    found = ops.contrast_all(
-        anchors, labels, storage.flatten(0, 1), None, None, None, 0.1, True, segments
-    )
-    expected = ops.contrast_all(anchors, labels, keys, key_labels, None, None, 0.1, True)
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-3)
-    seed = torch.tensor(3)
-    choice = ("hardest", 6, 20, 0.1, seed)
-    found = ops.select_keys(anchors, labels, storage.flatten(0, 1), None, *choice, segments)
-    expected = ops.select_keys(anchors, labels, keys, key_labels, *choice)
-    for mine, theirs in zip(found[2:], expected[2:], strict=True):
-        torch.testing.assert_close(mine, theirs)
-    assert found[1].max() > 2**31 // dim
+    found, expected = (sums_and_picks(ops, ops, work) for work in works)
+    same_sums_and_picks(found, expected, works[0].keys, works[1].keys, rtol=2e-3, atol=2e-3)
+    assert found[-2].max() > 2**31 // dim
+    selection = check_selection("semi_hard", None, 6, 20, 0.5)
+    samples = [
+        draw_sample(work, selection, False, torch.tensor(3), of)
+        for work, of in zip(works, (slots, 40), strict=True)
+    ]
+    drawn, near = (work.keys[sample.key_order] for work, sample in zip(works, samples, strict=True))
+    n = int(samples[0].sizes.sum())
+    assert torch.equal(drawn[:n], near[:n]) and samples[0].key_order.max() > 2**31 // dim
     figures.add("large", "calls with offsets beyond 2^32", 2)
 
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy, interpolate, normalize, one_hot
 
 import pico_fast
-from pico_fast import reference
+from pico_fast import draws
+from pico_fast.selection.options import POSITIVES, SAMPLINGS
 
 CLASSES, DIM = 4, 16
-SAMPLINGS = ("all", "random", "hardest", "semi_hard")
 IN_BATCH = {"pixel_queue_size": 0, "region_queue_size": 0}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -65,6 +65,8 @@ def same_state(first, second):
 def test_training_equals_the_reference(sampling, synthesis, queues):
     sizes = dict(zip(IN_BATCH, queues, strict=True))
     options = {"sampling": sampling, "synthesis": synthesis, **sizes}
+    if synthesis is None:  # each sampling with other positives than its own as well
+        options["positives"] = POSITIVES[(SAMPLINGS.index(sampling) + 1) % len(POSITIVES)]
     fast, slow = make(**options), make(impl="reference", **options)
     losses = []
     for step in range(4):
@@ -101,7 +103,7 @@ def test_the_bank_is_read_as_it_was_before_the_batch():
     assert same_state(criterion.bank, bank)
     keys, key_labels = bank.keys()
     pixel, anchor_labels = pico_fast.sample_anchors(
-        on_grid, logits, 24, 5, 1, num_classes=CLASSES, seed=reference.step_seed(0, 2)
+        on_grid, logits, 24, 5, 1, num_classes=CLASSES, seed=draws.step_seed(0, 2)
     )
     anchors = x.permute(0, 2, 3, 1).flatten(0, 2)[pixel]
     expected = pico_fast.contrast(
@@ -249,15 +251,16 @@ def test_autocast_changes_nothing(sampling):
     assert same_state(plain, other)
 
 
-def test_resumed_training_equals_uninterrupted_training():
-    whole = make()
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_resumed_training_equals_uninterrupted_training(sampling):
+    whole = make(sampling=sampling, synthesis=pico_fast.Synthesis(3, 3, 5))
     train(whole, 3)
     file = io.BytesIO()
     torch.save(whole.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
     assert all(isinstance(value, torch.Tensor) for value in state.values())
-    resumed = make()
+    resumed = make(sampling=sampling, synthesis=pico_fast.Synthesis(3, 3, 5))
     resumed.load_state_dict(state)
     assert same_bits(train(resumed, 3, first=3), train(whole, 3, first=3))
     assert same_state(resumed, whole)

@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 from torch.nn.functional import normalize
 
 import pico_fast
+from pico_fast.selection.options import SAMPLINGS
 
-SAMPLINGS = ("all", "random", "hardest", "semi_hard")
 torch.manual_seed(0)
 ROWS, LABELS = normalize(torch.randn(12, 16), dim=1), torch.arange(12) % 4
 KEYS, KEY_LABELS = normalize(torch.randn(60, 16), dim=1), torch.arange(60) % 5 - 1
@@ -175,7 +175,7 @@ def test_transforms_are_right_or_an_error(call, transform, figures):
     try:
         found = transformed()
     except (RuntimeError, NotImplementedError) as error:
-        assert "functorch" in str(error) or "forward-mode" in str(error)
+        assert any(word in str(error) for word in ("functorch", "vmap:", "forward-mode"))
     else:
         if transform == "vmap":
             expected = torch.stack([function(x), function(x.flip(0))])

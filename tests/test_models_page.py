@@ -17,7 +17,7 @@ import models_table
 import plain_loop
 
 import pico_fast
-from pico_fast.tap import KNOWN
+from pico_fast.attach import KNOWN
 
 PAGE = (ROOT / "docs" / "models.md").read_text()
 RESULTS = json.loads((ROOT / "docs" / "models.json").read_text())

@@ -1,76 +1,85 @@
 """Which implementation an op takes on a GPU: the choice itself, with the kernels interpreted."""
 
-import contextlib
+import functools
 
+import kernel_scenes as scenes
 import pytest
 import torch
-from torch.nn.functional import normalize
 
-from pico_fast import on_gpu, selection
+from pico_fast import on_gpu
 
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the dispatcher chooses"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
-OPS = torch.ops.pico_fast
+OPS = {op.name().partition("::")[2]: op for op in on_gpu._OPS}
 
 
 @pytest.fixture(autouse=True)
-def a_gpu_of_sorts(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(on_gpu, "_is_new", lambda _: True)
+def a_gpu_of_sorts():
+    with scenes.in_triton():
+        yield
 
 
 def calls(dtype):
-    """Arguments of every op that may run in Triton, from one scene."""
+    """Arguments of every op that may run in Triton, from one layout."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    anchors = normalize(torch.randn(9, 16, dtype=wide), dim=1)
-    keys = normalize(torch.randn(40, 16), dim=1).to(dtype)
-    labels, key_labels = torch.randint(0, 3, (9,)), torch.randint(-1, 3, (40,))
-    pairs, seed = (anchors, labels, keys, key_labels), torch.tensor(1)
-    of_all = (*pairs, None, None, 0.1, True)
-    _, lse, count, *_ = OPS.contrast_all(*of_all)
-    index = OPS.select_keys(*pairs, "hardest", 3, 5, 0.5, seed)[1]
-    segments = torch.tensor([[[0, 9], [10, 3]], [[13, 7], [20, 0]], [[21, 5], [30, 10]]])
-    half = (anchors, labels, keys, segments)
+    of = scenes.with_keys(scenes.layout("bank", 9, 16, 3, 20), dtype)
+    of = of._replace(keys=of.keys.nan_to_num(0.0), anchors=of.anchors.to(wide))
+    layout, ends = of.tensors, (None, None, None)
+    row = torch.rand(9, dtype=wide) + 12  # no Z is less than its largest term
+    index = OPS["hardest"](*layout, False, None, 5, False)[0]
+    weight = torch.rand(9, 5, dtype=wide).masked_fill(index < 0, 0.0)
     return {
-        "contrast_negatives": (*half, 0.1, True),
-        "contrast_positives": (*half, torch.rand(9, dtype=wide) + 3, 0.1, True),
-        "contrast_all": of_all,
-        "contrast_all_keys_grad": (torch.ones(9, dtype=wide), *pairs, lse, count, 0.1),
-        "select_keys": (*pairs, "semi_hard", 3, 5, 0.5, seed),
-        "rank_keys": (anchors, keys, index, False),
-        "weighted_rows": (keys, index, torch.rand(9, 5, dtype=wide)),
-        "mix_negatives": (anchors, keys, index, 3, 2, 0.1, seed),
+        "negatives": (*layout, *ends, 0.1, True),
+        "positives": (*layout, *ends, row, 0.1, True),
+        "keys_grad": (*layout, False, *ends, row, row, 0.1),
+        "hardest": (*layout, False, None, 5, False),
+        "weighted_rows": (of.keys, index, weight),
+        "mix_negatives": (*layout[0::2][:2], index, of.order, 3, 2, 0.1, torch.tensor(1)),
     }
 
 
+def watch(op, monkeypatch):
+    """The op as on a GPU, and a list of when it ran in PyTorch."""
+    ran, (page, takes, otherwise) = [], on_gpu._OPS[OPS[op]]
+
+    @functools.wraps(otherwise)
+    def watched(*args):
+        ran.append(op)
+        return otherwise(*args)
+
+    monkeypatch.setitem(on_gpu._OPS, OPS[op], (page, takes, watched))
+    return on_gpu._in_triton(OPS[op]), ran
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.float64))
-@pytest.mark.parametrize("op", on_gpu._OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_whatever_runs_gives_the_same(op, dtype, monkeypatch):
-    args = calls(dtype)[op]
-    taken = []
-    original = on_gpu.importlib.import_module
-
-    def watched(name):
-        taken.append(name)
-        return original(name)
-
-    monkeypatch.setattr(on_gpu.importlib, "import_module", watched)
-    found, expected = on_gpu._in_triton(op)(*args), getattr(OPS, op)(*args)
-    assert len(taken) == 1
+    args, (run, in_pytorch) = calls(dtype)[op], watch(op, monkeypatch)
+    found, expected = run(*args), OPS[op](*args)
+    assert in_pytorch == ([op] if dtype == torch.float64 else [])
     for mine, theirs in zip(
         *(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
 
 
-def test_old_gpus_and_other_samplings_run_pytorch(monkeypatch):
+def test_bounds_and_old_gpus_run_pytorch(monkeypatch):
     args = calls(torch.float16)
-    random = (*args["select_keys"][:4], "random", *args["select_keys"][5:])
-    found = on_gpu._in_triton("select_keys")(*random)
-    assert all(torch.equal(a, b) for a, b in zip(found, selection.select_any(*random), strict=True))
+    layout, ceiling = args["negatives"][:6], torch.full((9,), 0.2)
+    threshold, ties, _ = torch.ops.pico_fast.bounds(*layout, False, ceiling, 5, 0.5)
+    for op, some in (
+        ("negatives", (*layout, ceiling, threshold, ties, 0.1, True)),
+        ("hardest", (*layout, False, ceiling, 5, False)),
+        ("hardest", (*layout, False, None, 5, True)),
+    ):
+        run, in_pytorch = watch(op, monkeypatch)
+        run(*some)
+        assert in_pytorch == [op]
     monkeypatch.setattr(on_gpu, "_is_new", lambda _: False)
     monkeypatch.setattr(on_gpu.importlib, "import_module", lambda name: pytest.fail(name))
-    on_gpu._in_triton("contrast_all")(*args["contrast_all"])
+    run, in_pytorch = watch("negatives", monkeypatch)
+    run(*args["negatives"])
+    assert in_pytorch == ["negatives"]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-import pico_fast
 from pico_fast import reference
+from pico_fast.selection.options import EVERYTHING, Selection, check_selection
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import measure
-from peers import bank, contrast, products, regions, selection
+from peers import bank, contrast, products, regions, sampled, selection
 
 TEMPERATURE = 0.1
 DATA = ("random", "clustered")
@@ -38,11 +38,16 @@ def pairs(data: str, n_anchors=7, classes=5, slots=13, channels=16, device="cpu"
     return tuple(x.to(device) for x in (anchors, labels, keys, key_labels))
 
 
-def truth(anchors, labels, keys, key_labels, *choice, **options):
+def hardest(n_positives: int, n_negatives: int) -> Selection:
+    """The selection of the hardest of all keys."""
+    return check_selection("hardest", None, n_positives, n_negatives, 1.0)
+
+
+def truth(anchors, labels, keys, key_labels, choice=EVERYTHING):
     """Loss and gradient by the reference in float64."""
     leaf = anchors.double().requires_grad_()
     rows, counted = reference.contrast(
-        leaf, labels, keys.double(), key_labels, TEMPERATURE, *choice, **options
+        leaf, labels, keys.double(), key_labels, TEMPERATURE, choice, seed=0
     )
     loss = rows.sum() / counted.sum()
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
@@ -193,65 +198,55 @@ def test_hardest(loss, data, counts):
         optional("faiss")
     inputs = pairs(data)
     found = differentiated(loss, *inputs, *counts, TEMPERATURE)
-    assert_same(found, truth(*inputs, "hardest", *counts))
+    assert_same(found, truth(*inputs, hardest(*counts)))
 
 
 @pytest.mark.parametrize("name", ("matmul_topk", "chunked_topk"))
 def test_hardest_of_keys_in_bfloat16(name):
     inputs = pairs("clustered", dtype=torch.bfloat16)
     found = differentiated(getattr(selection, name), *inputs, 4, 9, TEMPERATURE)
-    assert_same(found, truth(*inputs, "hardest", 4, 9), 3e-2)
+    assert_same(found, truth(*inputs, hardest(4, 9)), 3e-2)
 
 
-@pytest.mark.parametrize("loss", (selection.semi_hard, selection.semi_hard_subset))
-def test_a_draw_of_everything_is_everything(loss):
+def test_a_draw_of_everything_is_everything():
     inputs = pairs("clustered")
-    found = differentiated(loss, *inputs, 13, 52, TEMPERATURE, hard_fraction=1.0)
+    found = differentiated(selection.semi_hard, *inputs, 13, 52, TEMPERATURE, hard_fraction=1.0)
     assert_same(found, truth(*inputs))
 
 
+def test_draws_from_all_keys_have_the_mean_loss_of_the_sample():
+    """The peer draws for each anchor from the hardest tenth, ours takes the hardest tenth of a sample."""
+    inputs = pairs("clustered", 40, 5, 1000, 64)
+    choice = check_selection("semi_hard", None, 50, 200, 0.1)
+    draws = [selection.semi_hard(*inputs, 50, 200, TEMPERATURE) for _ in range(10)]
+    expected = truth(*inputs, choice)[0]
+    assert (torch.stack(draws).mean() / expected - 1).abs() < 0.02
+
+
+def sampled_of(inputs, choice):
+    """Arguments of the peer that compares with the sample which the reference draws."""
+    anchors, labels, keys, key_labels = inputs
+    sides = []
+    for own in (True, False):
+        rows = reference.sample_keys(key_labels, choice.needed(own), own, 0)
+        sides.append(sampled.Sampled(rows, torch.bincount(key_labels[rows]).tolist()))
+    return (anchors, labels, keys, *sides, choice.negatives, choice.positives)
+
+
+# few of many, all there are, and fewer than some anchors have below their ceilings
+@pytest.mark.parametrize("counts", ((4, 9), (30, 200), (2, 40)))
+@pytest.mark.parametrize("block", (3, 256))
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize(
-    ("loss", "classes", "slots", "counts"),
-    (
-        (selection.semi_hard, 5, 1000, (50, 200)),
-        # more keys than the smallest subset holds, so that one is drawn
-        (selection.semi_hard_subset, 5, 4000, (50, 200)),
-        # few of many: drawn with replacement, as good as without
-        (selection.random_gather, 5, 2000, (50, 200)),
-        (selection.random_gather, 40, 50, (60, 100)),  # the whole class is taken
-    ),
+    ("sampling", "positives"),
+    (("random", None), ("semi_hard", None), ("semi_hard", "random"), ("bounded", None)),
 )
-def test_draws_are_distributed_like_ours(loss, classes, slots, counts, data):
-    """Means of loss and gradient over draws are as close to ours as chance allows; so is the spread."""
-    draws = 60
-    inputs = pairs(data, 7, classes, slots, 64)
-    ours = (pico_fast.contrast, "random" if loss is selection.random_gather else "semi_hard")
-    found = (
-        [
-            differentiated(ours[0], *inputs, TEMPERATURE, ours[1], *counts, seed=seed)
-            for seed in range(draws)
-        ],
-        [differentiated(loss, *inputs, *counts, TEMPERATURE) for _ in range(draws)],
-    )
-    for many in zip(*(zip(*each, strict=True) for each in found), strict=True):
-        (mean, spread), (their_mean, their_spread) = (
-            (torch.stack(x).mean(0), torch.stack(x).var(0).sum().sqrt()) for x in many
-        )
-        of_a_scalar = mean.dim() == 0
-        by_chance = (2 / draws) ** 0.5 * spread
-        assert (mean - their_mean).norm() <= (4.0 if of_a_scalar else 1.5) * by_chance
-        assert (their_spread / spread - 1).abs() <= (0.5 if of_a_scalar else 0.15)
-
-
-def test_the_subset_is_spread_and_distinct():
-    places = torch.zeros(100)
-    for _ in range(300):
-        subset = selection._spread_subset(100, 60, torch.device("cpu"))
-        assert len(subset.unique()) == 60
-        places[subset] += 1
-    # 180 times each, a standard deviation of 8
-    assert places.min() > 140 and places.max() < 220
+def test_plain_contrast_of_a_sample(sampling, positives, data, block, counts):
+    inputs = pairs(data, 12, 5, 60)
+    choice = check_selection(sampling, positives, *counts, 0.25)
+    given = sampled_of(inputs, choice)
+    found = sampled.plain(*given, *counts, TEMPERATURE, 0.25, block)
+    assert_same(found, truth(*inputs, choice))
 
 
 @pytest.mark.parametrize("blocks", (1, 4), ids=("scattered", "in blocks"))
@@ -359,9 +354,13 @@ def test_no_peer_allocates_more_than_it_says(sizes):
         call()
         needed = contrast.bytes_needed(name, n_anchors, len(inputs[2]), 32, classes)
         assert measure.allocated(call) <= needed, name
-    for name in ("matmul_topk", "semi_hard", "chunked_topk", "semi_hard_subset", "random_gather"):
+    for name in ("matmul_topk", "semi_hard", "chunked_topk"):
         call = functools.partial(
             differentiated, getattr(selection, name), *inputs, 5, 50, TEMPERATURE
         )
         needed = selection.bytes_needed(name, n_anchors, len(inputs[2]), 32, 5, 50, classes)
         assert measure.allocated(call) <= needed, name
+    choice = check_selection("bounded", None, 5, 50, 0.1)
+    given = sampled_of(inputs, choice)
+    needed = sampled.bytes_needed(n_anchors, 32, *given[3:5])
+    assert measure.allocated(functools.partial(sampled.plain, *given, 5, 50, TEMPERATURE)) <= needed

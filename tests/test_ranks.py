@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pico_fast
+from pico_fast.selection.options import POSITIVES, SAMPLINGS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -123,30 +124,31 @@ def _agree(rank, world, store, sampling):
 def _bytes(rank, world, store):
     """What the collectives are handed is what docs/scaling.md counts with."""
     start(rank, world, store)
-    for placement in PLACEMENTS:
-        for sampling in ("all", "hardest", "random", "semi_hard"):
-            criterion = alike.make(placement=placement, sampling=sampling, max_images=3)
-            for step in range(2):
-                x, labels = alike.batches(step, world)[rank]
-                x.requires_grad_()
-                with Counted() as found:
-                    criterion(x, labels).backward()
-            setting = scaling.Setting(
-                world,
-                placement,
-                sampling,
-                classes=alike.CLASSES,
-                slots=27,
-                channels=alike.DIM,
-                anchors=alike.EVERY["max_samples"],
-                positives=6,
-                negatives=10,
-                hard_fraction=0.5,
-                max_images=3,
-                pixels_per_image=4,
-                bank_bytes=4,
-            )
-            assert found == scaling.payloads(setting), (placement, sampling)
+    asked = [("replicated", sampling, None) for sampling in SAMPLINGS]
+    chosen = (None, *POSITIVES) if world == 2 else (None,)
+    asked += [("sharded", sampling, own) for sampling in SAMPLINGS for own in chosen]
+    for placement, sampling, positives in asked:
+        options = {"placement": placement, "sampling": sampling, "positives": positives}
+        criterion = alike.make(max_images=3, **options)
+        x, labels = alike.batches(0, world)[rank]
+        x.requires_grad_()
+        with Counted() as found:
+            criterion(x, labels).backward()
+        setting = scaling.Setting(
+            world,
+            **options,
+            classes=alike.CLASSES,
+            slots=27,
+            channels=alike.DIM,
+            anchors=alike.EVERY["max_samples"],
+            num_positives=6,
+            num_negatives=10,
+            hard_fraction=0.5,
+            max_images=3,
+            pixels_per_image=4,
+            bank_bytes=4,
+        )
+        assert found == scaling.payloads(setting), options
     dist.destroy_process_group()
 
 
@@ -203,7 +205,10 @@ def _wrapped(rank, world, store):
             torch.testing.assert_close(full, expected[name].grad, rtol=1e-4, atol=1e-6)
         assert expected["head.0.weight"].grad.any()
 
-        eager, compiled = (alike.make(placement=placement, max_images=3) for _ in range(2))
+        options = {"placement": placement, "max_images": 3}
+        if placement == "sharded":  # lists that meet, and a sample that travels
+            options |= {"sampling": "hardest", "positives": "random"}
+        eager, compiled = (alike.make(**options) for _ in range(2))
         fast = torch.compile(compiled, fullgraph=True, backend="aot_eager", dynamic=True)
         for step in range(3):
             x, y = alike.batch(2, 10 * step + rank)
@@ -214,8 +219,9 @@ def _wrapped(rank, world, store):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("sampling", ("all", "hardest"))
-@pytest.mark.parametrize("world", (2, 4))
+@pytest.mark.parametrize(
+    ("world", "sampling"), ((2, "all"), (2, "semi_hard"), (4, "hardest"), (4, "bounded"))
+)
 def test_ranks_agree_over_50_steps(tmp_path, world, sampling):
     spawn(_agree, world, tmp_path, sampling)
 

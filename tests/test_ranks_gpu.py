@@ -6,12 +6,13 @@ import virtual_ranks
 from test_contrast_gpu import CHANNELS, CLASSES, SLOTS, anchors_of, bank_of
 
 import pico_fast
-from pico_fast import sharded
+from pico_fast.contrast.function import Settings, contrast_rows
+from pico_fast.selection.options import SAMPLINGS, check_selection
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-@pytest.mark.parametrize("sampling", ("all", "hardest", "random"))
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_two_shards_of_one_device_are_the_whole(sampling, monkeypatch):
     keys, _, centres = bank_of(SLOTS, True)
     parts = [anchors_of(512, centres) for _ in range(2)]
@@ -24,8 +25,9 @@ def test_two_shards_of_one_device_are_the_whole(sampling, monkeypatch):
         bank.pixel_count.fill_(SLOTS)
         anchors, labels = parts[rank]
         x = anchors.clone().requires_grad_()
-        choice = (0.1, sampling, 1024, 2048, 0.1, None)
-        loss, *_ = sharded.contrast_sharded(x, labels, bank.share(), (seed, seed), *choice)
+        settings = Settings(check_selection(sampling, None, 1024, 2048, 0.1), 0.1, None, False)
+        share = bank.share()
+        loss = contrast_rows(x, labels, None, None, share, settings, seed, 512 * rank).loss
         return loss.detach(), *torch.autograd.grad(loss.sum(), x)
 
     found = virtual_ranks.run(2, work, monkeypatch)

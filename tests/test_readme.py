@@ -10,10 +10,15 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+def examples(text: str) -> list[str]:
+    """The code of a page that says it is run."""
+    return re.findall(r"<!-- run by .*? -->\n```python\n(.*?)```", text, re.DOTALL)
+
+
 def test_the_examples_run():
-    examples = re.findall(r"<!-- run by .*? -->\n```python\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == 2
-    for example in examples:
+    found = examples(README)
+    assert len(found) == 2
+    for example in found:
         names: dict = {}
         exec(compile(example, "README.md", "exec"), names)
         assert names["loss"].isfinite()
@@ -22,12 +27,25 @@ def test_the_examples_run():
         assert head[0].weight.grad is not None
 
 
+def test_picks_beyond_the_pool_are_as_few_as_the_page_says():
+    page = (ROOT / "docs" / "sampling.md").read_text()
+    (example,) = examples(page)
+    names: dict = {}
+    exec(compile(example, "sampling.md", "exec"), names)
+    assert 0.5 * names["limit"] < names["share"] < 1.1 * names["limit"]  # by chance a little above
+    share, limit = (f"{100 * names[name]:.1f} %" for name in ("share", "limit"))
+    (row,) = re.findall(r"^\| 64 \| ([^|]*) \| [^|]* \| ([^|]*) \|", page, re.MULTILINE)
+    assert row == (limit, share)
+
+
 def test_every_command_is_one_that_exists():
     makefile = (ROOT / "Makefile").read_text()
     for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
         for target in re.findall(r"\bmake ([a-z-]+)", text):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-        for path in re.findall(r"`((?:pico_fast|csrc|tests|bench|examples)/[\w./]*)`", text):
+        for path in re.findall(
+            r"`((?:pico_fast|kernels|csrc|tests|bench|examples)/[\w./]*)`", text
+        ):
             assert (ROOT / path).exists(), path
         for path in re.findall(r"\]\((\w[\w/.]*)\)", text):
             assert (ROOT / path).exists(), path

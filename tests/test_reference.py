@@ -1,12 +1,11 @@
 """The specification against numbers worked out by hand: nothing here asks the package what is right."""
 
-import math
-
 import pytest
 import torch
 from torch import tensor
 
-from pico_fast import reference
+from pico_fast import draws, reference
+from pico_fast.selection.options import EVERYTHING, SAMPLINGS, check_selection
 
 NAN = float("nan")
 
@@ -30,7 +29,7 @@ def close(actual, expected, tolerance=1e-6):
 def test_one_positive_two_negatives_by_hand():
     a = tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
     keys = tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
-    loss, counted = reference.contrast(a, tensor([0]), keys, tensor([0, 1, 1]), 1.0)
+    loss, counted = reference.contrast(a, tensor([0]), keys, tensor([0, 1, 1]), 1.0, EVERYTHING)
     # s = 1 | 0, -1; Z = log(1 + 1/e) = 0.313262; loss = log(1 + exp(Z - 1)) = log(1.503215)
     close(loss, [0.407606])
     assert counted.tolist() == [True]
@@ -42,7 +41,8 @@ def test_one_positive_two_negatives_by_hand():
 
 def test_every_positive_has_its_own_denominator():
     keys = tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    loss, _ = reference.contrast(tensor([[1.0, 0.0]]), tensor([3]), keys, tensor([3, 3, 0]), 0.5)
+    a, labels = tensor([[1.0, 0.0]]), tensor([3])
+    loss, _ = reference.contrast(a, labels, keys, tensor([3, 3, 0]), 0.5, EVERYTHING)
     # s = 2, 0 | Z = -2; softplus(-4) = 0.018150, softplus(-2) = 0.126928; mean
     # (SupCon's common denominator would give more: the other positive counts there)
     close(loss, [0.072539])
@@ -50,7 +50,7 @@ def test_every_positive_has_its_own_denominator():
 
 def test_in_batch_a_row_never_meets_itself():
     a = tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    loss, counted = reference.contrast(a, tensor([0, 0, 1]), None, None, 1.0)
+    loss, counted = reference.contrast(a, tensor([0, 0, 1]), None, None, 1.0, EVERYTHING)
     # row 0: positive 0, negative -1: softplus(-1); row 1: 0 and 0: log 2; row 2: alone in its class
     close(loss, [0.313262, 0.693147, 0.0])
     assert counted.tolist() == [True, True, False]
@@ -60,7 +60,7 @@ def test_missing_sides_and_empty_slots():
     a = tensor([[1.0, 0.0], [1.0, 0.0], [NAN, NAN], [0.0, 1.0]], requires_grad=True)
     keys = tensor([[1.0, 0.0], [NAN, NAN], [0.0, 1.0]], requires_grad=True)
     labels = tensor([0, 7, -1, 2])
-    loss, counted = reference.contrast(a, labels, keys, tensor([0, -1, 2]), 0.5)
+    loss, counted = reference.contrast(a, labels, keys, tensor([0, -1, 2]), 0.5, EVERYTHING)
     # rows 0 and 3: s = 2 | 0: softplus(-2); row 1: no key of class 7; row 2: an empty slot
     close(loss, [0.126928, 0.0, 0.0, 0.126928])
     assert counted.tolist() == [True, False, False, True]
@@ -68,107 +68,30 @@ def test_missing_sides_and_empty_slots():
     assert a.grad.isfinite().all() and keys.grad.isfinite().all()
     assert (a.grad[1:3] == 0).all() and (keys.grad[1] == 0).all()
     # positives but no negative: 0 and counted
-    loss, counted = reference.contrast(a[:1], labels[:1], keys, tensor([0, -1, 0]), 0.5)
+    key_labels = tensor([0, -1, 0])
+    loss, counted = reference.contrast(a[:1], labels[:1], keys, key_labels, 0.5, EVERYTHING)
     assert loss.tolist() == [0.0] and counted.tolist() == [True]
-
-
-# one channel, so that a key is its similarity with the anchor (1.0), class 0
-KEYS = tensor([0.9, 0.1, -0.5, 0.8, 0.8, 0.3, -1.0, 0.95])[:, None]
-LABELS = tensor([0, 0, 0, 1, 1, 2, 1, -1])
-
-
-def pick(sampling, num_positives, num_negatives, hard_fraction=0.5, seed=0, rows=1):
-    return reference.select_keys(
-        torch.ones(rows, 1),
-        torch.zeros(rows, dtype=torch.int64),
-        KEYS,
-        LABELS,
-        sampling,
-        num_positives,
-        num_negatives,
-        hard_fraction,
-        seed,
-    )
-
-
-def test_hardest_is_ordered_and_ties_go_by_index():
-    positive, negative, to_positive, to_negative = pick("hardest", 2, 5)
-    assert positive.tolist() == [[2, 1]]
-    assert negative.tolist() == [[3, 4, 5, 6, -1]]
-    close(to_positive, [[-0.5, 0.1]])
-    close(to_negative, [[0.8, 0.8, 0.3, -1.0, 0.0]])
-    assert pick("hardest", 1, 1)[1].tolist() == [[3]]
-
-
-def test_all_takes_every_key_whatever_the_counts():
-    positive, negative, *_ = pick("all", 1, 1)
-    assert positive.tolist() == [[2, 1, 0, -1, -1, -1, -1, -1]]
-    assert negative.tolist() == [[3, 4, 5, 6, -1, -1, -1, -1]]
-
-
-@pytest.mark.parametrize(
-    ("sampling", "hard_fraction", "sets"),
-    [
-        # 4 negatives, 2 asked for: 6 pairs; 3 positives, 1 asked for
-        ("random", 0.5, ({0, 1, 2}, {(3, 4), (3, 5), (3, 6), (4, 5), (4, 6), (5, 6)})),
-        # pool of ceil(0.6 · 4) = 3 negatives, ceil(0.6 · 3) = 2 positives
-        ("semi_hard", 0.6, ({1, 2}, {(3, 4), (3, 5), (4, 5)})),
-        # max(1, ceil(0.01 · n)) = 1
-        ("semi_hard", 0.01, ({2}, {(3, -1)})),
-    ],
-)
-def test_drawn_picks_are_uniform_over_exactly_the_allowed_sets(sampling, hard_fraction, sets):
-    rows = 900
-    positive, negative, _, similar = pick(sampling, 1, 2, hard_fraction, seed=5, rows=rows)
-    for drawn, allowed in zip((positive[:, 0].tolist(), negative.tolist()), sets, strict=True):
-        drawn = [tuple(d) if isinstance(d, list) else d for d in drawn]
-        assert set(drawn) == allowed
-        expected = rows / len(allowed)
-        chi2 = sum((drawn.count(one) - expected) ** 2 / expected for one in allowed)
-        # of 1 to 5 degrees of freedom: above 25 once in 7,000 seeds
-        assert chi2 < 25
-    assert (similar[:, 0] >= similar[:, 1]).all()
-
-
-@pytest.mark.parametrize("sampling", ["random", "semi_hard"])
-def test_a_pool_smaller_than_asked_is_taken_whole_hardest_first(sampling):
-    positive, negative, *_ = pick(sampling, 5, 6, hard_fraction=1.0)
-    assert positive.tolist() == [[2, 1, 0, -1, -1]]
-    assert negative.tolist() == [[3, 4, 5, 6, -1, -1]]
-    assert not torch.equal(
-        pick("random", 1, 2, seed=1, rows=50)[1], pick("random", 1, 2, rows=50)[1]
-    )
-
-
-def test_in_batch_selection_leaves_out_the_own_row():
-    a = tensor([[1.0], [1.0], [0.5], [-1.0]])
-    for sampling in ("hardest", "random", "semi_hard", "all"):
-        found = reference.select_keys(a, tensor([0, 0, 0, 1]), None, None, sampling, 4, 4, 1.0, 0)
-        positive, negative = found[0][:, :2], found[1][:, :3]
-        assert positive.tolist() == [[2, 1], [2, 0], [0, 1], [-1, -1]], sampling
-        # row 3 is -1: its products are -1, -1, -0.5
-        assert negative.tolist() == [[3, -1, -1]] * 3 + [[2, 0, 1]], sampling
 
 
 def test_mixes_equal_hand_mixes_with_the_drawn_shares():
     torch.manual_seed(1)
     a, keys = torch.randn(3, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     pool = tensor([[4, 0, 2], [5, 1, -1], [3, -1, -1]])
-    mixed, exists = reference.synthesise(a, keys, pool, 4, 3, 11)
+    mixed, exists = reference.synthesise(a, keys, pool, tensor([0, 1, 7]), 4, 3, 11)
     assert mixed.shape == (3, 7, 4)
     assert exists.tolist() == [[True] * 7, [True] * 7, [False] * 4 + [True] * 3]
-    for i, members in enumerate([[0, 2, 4], [1, 5], [3]]):
+    for i, (row, members) in enumerate([(0, [0, 2, 4]), (1, [1, 5]), (7, [3])]):
         n = len(members)
         for m in range(4 if n > 1 else 0):
-            first = hand_hash(11, reference.MIX_FIRST, i, m) * n // 2**32
-            second = hand_hash(11, reference.MIX_SECOND, i, m) * (n - 1) // 2**32
+            first = hand_hash(11, draws.MIX_FIRST, row, m) * n // 2**32
+            second = hand_hash(11, draws.MIX_SECOND, row, m) * (n - 1) // 2**32
             second += second >= first
-            g = (hand_hash(11, reference.MIX_SHARE, i, m) >> 8) / 2**24
+            g = (hand_hash(11, draws.MIX_SHARE, row, m) >> 8) / 2**24
             h = g * keys[members[first]] + (1 - g) * keys[members[second]]
             close(mixed[i, m], h / h.norm(), 1e-12)
         for m in range(3):
-            one = hand_hash(11, reference.MIX_WITH_ANCHOR, i, m) * n // 2**32
-            share = (hand_hash(11, reference.MIX_ANCHOR_SHARE, i, m) >> 8) / 2**25
+            one = hand_hash(11, draws.MIX_WITH_ANCHOR, row, m) * n // 2**32
+            share = (hand_hash(11, draws.MIX_ANCHOR_SHARE, row, m) >> 8) / 2**25
             h = share * a[i] + (1 - share) * keys[members[one]]
             close(mixed[i, 4 + m], h / h.norm(), 1e-12)
 
@@ -176,7 +99,7 @@ def test_mixes_equal_hand_mixes_with_the_drawn_shares():
 def test_shares_are_uniform_and_the_two_negatives_differ():
     a = torch.eye(3)[:1].repeat(40, 1)
     pool = tensor([[1, 2]]).repeat(40, 1)
-    mixed, exists = reference.synthesise(a, torch.eye(3), pool, 50, 50, 3)
+    mixed, exists = reference.synthesise(a, torch.eye(3), pool, torch.arange(40), 50, 50, 3)
     assert exists.all()
     close(mixed.norm(dim=2), torch.ones(40, 100))
     of_two, of_anchor = mixed[:, :50], mixed[:, 50:]
@@ -195,7 +118,8 @@ def test_shares_are_uniform_and_the_two_negatives_differ():
 
 def test_a_mix_of_opposite_rows_has_no_direction():
     keys = tensor([[0.0, 1.0], [0.0, -1.0]])
-    mixed, exists = reference.synthesise(tensor([[1.0, 0.0]]), keys, tensor([[0, 1]]), 4000, 0, 0)
+    a, pool, row = tensor([[1.0, 0.0]]), tensor([[0, 1]]), tensor([0])
+    mixed, exists = reference.synthesise(a, keys, pool, row, 4000, 0, 0)
     # |2g - 1| < 0.01: about one in a hundred is left out, all others are whole
     assert 10 < (~exists).sum() < 90
     assert mixed[exists].isfinite().all() and mixed.isfinite().all()
@@ -206,7 +130,8 @@ def test_no_gradient_goes_through_the_making_of_a_mix():
     a = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     keys = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     anchor_labels, key_labels, tau = tensor([0, 1]), tensor([0, 0, 1, 1, 2]), 0.7
-    loss, _ = reference.contrast(a, anchor_labels, keys, key_labels, tau, mixes=(3, 2, 2), seed=4)
+    pairs = (a, anchor_labels, keys, key_labels)
+    loss, _ = reference.contrast(*pairs, tau, EVERYTHING, mixes=(3, 2, 2), seed=4)
     got = torch.autograd.grad(loss.sum(), (a, keys))
     similar = (a @ keys.T).tolist()
     pools = [
@@ -214,7 +139,7 @@ def test_no_gradient_goes_through_the_making_of_a_mix():
         for i in range(2)
     ]
     pool = tensor([sorted(p[:2]) for p in pools])
-    h, _ = reference.synthesise(a.detach(), keys.detach(), pool, 3, 2, 4)
+    h, _ = reference.synthesise(a.detach(), keys.detach(), pool, torch.arange(2), 3, 2, 4)
     total = 0.0
     for i in range(2):
         own = key_labels == i
@@ -227,7 +152,7 @@ def test_no_gradient_goes_through_the_making_of_a_mix():
 
 
 @pytest.mark.parametrize(("in_batch", "mixes"), [(False, None), (True, None), (False, (3, 0, 4))])
-@pytest.mark.parametrize("sampling", ["all", "random", "hardest", "semi_hard"])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_gradient_equals_finite_differences(sampling, mixes, in_batch):
     torch.manual_seed(3)
     a = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
@@ -238,7 +163,8 @@ def test_gradient_equals_finite_differences(sampling, mixes, in_batch):
 
     def loss(a, keys):
         pair = (None, None) if in_batch else (keys, key_labels)
-        return reference.contrast(a, anchor_labels, *pair, 0.5, sampling, 2, 3, 0.5, mixes, 1)[0]
+        selection = check_selection(sampling, None, 2, 3, 0.5)
+        return reference.contrast(a, anchor_labels, *pair, 0.5, selection, mixes, 1)[0]
 
     assert (loss(a, keys) > 0).sum() >= 4
     # a picked key must not change under the differences: no tie is near with this seed
@@ -353,47 +279,27 @@ def test_hash_has_its_published_values():
     for seed in (0, 1, -1, 2**63 - 1, -(2**63), 123456789012345):
         for counters in ((), (0,), (5, 7), (2**32 - 1, -1), (2**40, 3)):
             expected = hand_hash(seed, 6, *counters)
-            assert reference.hash32(seed, 6, *counters) == expected
-            on_tensors = reference.hash32(tensor(seed), 6, *(tensor(c) for c in counters))
+            assert draws.hash32(seed, 6, *counters) == expected
+            on_tensors = draws.hash32(tensor(seed), 6, *(tensor(c) for c in counters))
             assert int(on_tensors) == expected
     assert [hand_hash(0, 1), hand_hash(42, 5, 3, 7)] == [2072525241, 299539336]
-    low, high = (hand_hash(9, reference.STEP, 4, 0, half) for half in (0, 1))
-    assert reference.step_seed(9, 4) == low + (high % 2**31) * 2**32
-    assert int(reference.step_seed(9, tensor(4))) == reference.step_seed(9, 4)
+    low, high = (hand_hash(9, draws.STEP, 4, 0, half) for half in (0, 1))
+    assert draws.step_seed(9, 4) == low + (high % 2**31) * 2**32
+    assert int(draws.step_seed(9, tensor(4))) == draws.step_seed(9, 4)
 
 
 def test_hash_is_a_bijection_of_its_last_word_and_uniform():
     words = torch.arange(2**20) * 4096 % 2**32 + torch.arange(2**20) // 2**10
     assert len(words.unique()) == 2**20
-    out = reference.hash32(3, 1, words)
+    out = draws.hash32(3, 1, words)
     # a random function would meet itself about 128 times
     assert len(out.unique()) == 2**20
-    out = reference.hash32(3, 1, torch.arange(2**16))
+    out = draws.hash32(3, 1, torch.arange(2**16))
     for shift in (0, 8, 16, 24):
         counts = ((out >> shift) & 255).bincount(minlength=256)
         chi2 = ((counts - 256.0) ** 2 / 256).sum()
         assert 160 < chi2 < 370  # 255 degrees of freedom: four and a half sigma
     for bit in range(32):
-        flipped = reference.hash32(3, 1, torch.arange(2**12) ^ (1 << bit)) ^ out[: 2**12]
+        flipped = draws.hash32(3, 1, torch.arange(2**12) ^ (1 << bit)) ^ out[: 2**12]
         ones = sum((flipped >> b & 1).float().mean() for b in range(32)) / 32
         assert 0.48 < ones < 0.52, bit
-
-
-@pytest.mark.parametrize("n", [*range(1, 41), 1000])
-def test_permute_is_a_permutation(n):
-    index = torch.arange(n)
-    rows = tensor([0, 1, 77])[:, None]
-    out = reference.permute(index, tensor(n), 5, 6, rows)
-    assert torch.equal(out.sort(1)[0], index.expand(3, n))
-    if n > 8:
-        assert not torch.equal(out[0], out[1])
-        assert not torch.equal(out[0], reference.permute(index, tensor(n), 6, 6, rows)[0])
-
-
-def test_permute_sends_each_place_everywhere():
-    out = reference.permute(torch.arange(7), tensor(7), 1, 5, torch.arange(4000)[:, None])
-    for place in range(7):
-        counts = out[:, place].bincount(minlength=7)
-        # 6 degrees of freedom; a Feistel walk is nearly, not exactly, uniform
-        assert ((counts - 4000 / 7) ** 2 / (4000 / 7)).sum() < 30
-    assert math.isclose(out.float().mean(), 3.0)

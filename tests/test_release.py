@@ -89,7 +89,7 @@ def test_a_wheel_holds_the_package_and_its_licences(tmp_path):
     contents = read_wheel(build_wheel(tmp_path / "copy", "none"))
     (about,) = {name.split("/")[0] for name in contents} - {"pico_fast"}
     assert re.fullmatch(r"pico_fast-[\d.]+\.dist-info", about)
-    pages = {f"pico_fast/{page.name}" for page in ROOT.glob("pico_fast/*.py")}
+    pages = {page.relative_to(ROOT).as_posix() for page in ROOT.glob("pico_fast/**/*.py")}
     pages |= {f"pico_fast/kernels/{page.name}" for page in ROOT.glob("kernels/*.py")}
     inside = {name for name in contents if name.startswith("pico_fast/")}
     assert inside == pages | {"pico_fast/_build.json"}

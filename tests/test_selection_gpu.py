@@ -30,7 +30,7 @@ def scene(n_anchors, slots, kind):
 
 
 def test_the_ops_are_triton():
-    for op in ("select_keys", "rank_keys", "weighted_rows", "mix_negatives"):
+    for op in ("hardest", "weighted_rows", "mix_negatives"):
         assert info.implementation(f"pico_fast::{op}", "CUDA") == "Triton"
 
 
@@ -39,7 +39,8 @@ def test_the_ops_are_triton():
 @pytest.mark.parametrize("count", (1, 1024, 4096))
 def test_hardest_against_brute_force(n_anchors, slots, kind, count):
     of = scene(n_anchors, slots, kind)
-    found = pico_fast.select_keys(*of, "hardest", count, count)
+    counts = {"num_positives": count, "num_negatives": count}
+    found = pico_fast.select_keys(*of, "hardest", **counts)
     anchors, labels, keys, key_labels = of
     some = torch.arange(0, n_anchors, max(1, n_anchors // 64), device="cuda")
     exact = anchors[some].bfloat16().double() @ keys.double().T
@@ -60,36 +61,11 @@ def test_hardest_against_brute_force(n_anchors, slots, kind, count):
         torch.testing.assert_close(shown.sort(1, descending=True).values, best, rtol=0, atol=1e-5)
         order = mine.masked_fill(mine < 0, -1).sort(1).values
         assert not ((order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)).any()
-    again = pico_fast.select_keys(*of, "hardest", count, count)
+    again = pico_fast.select_keys(*of, "hardest", **counts)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
-@pytest.mark.parametrize("kind", ("random", "clustered"))
-def test_semi_hard_keeps_its_contract(kind):
-    of = scene(256, 10_000, kind)
-    anchors, labels, keys, key_labels = of
-    shares = []
-    for seed in range(3):
-        found = pico_fast.select_keys(*of, "semi_hard", seed=seed)
-        some = (labels >= 0).nonzero()[:32, 0]
-        exact = anchors[some].bfloat16().double() @ keys.double().T
-        own = labels[some, None] == key_labels
-        exact.masked_fill_(own, -math.inf)
-        mine = found.negative_index[some]
-        assert (mine >= 0).all() and not own.gather(1, mine).any()
-        assert all(len(row.unique()) == 2048 for row in mine)
-        rank = torch.empty_like(exact, dtype=torch.int64)
-        order = exact.argsort(1, descending=True)
-        rank.scatter_(1, order, torch.arange(exact.shape[1], device="cuda").expand_as(order))
-        shares.append(rank.gather(1, mine) / math.ceil(0.1 * 170 * 10_000))
-    share = torch.cat(shares).flatten()
-    assert (share >= 1).double().mean() <= 0.02
-    within = share[share < 1].sort().values
-    steps = torch.arange(1, len(within) + 1, device="cuda") / len(within)
-    assert (steps - within).abs().max() <= 0.02
-
-
-@pytest.mark.parametrize("sampling", ("hardest", "semi_hard", "random"))
+@pytest.mark.parametrize("sampling", ("hardest", "semi_hard", "bounded", "random"))
 @pytest.mark.parametrize("synthesis", (None, pico_fast.Synthesis()))
 def test_loss_and_gradient(sampling, synthesis):
     of = scene(512, 1000, "clustered")
@@ -102,16 +78,16 @@ def test_loss_and_gradient(sampling, synthesis):
     assert torch.cuda.max_memory_allocated() - before <= 500e6
     again = pico_fast.contrast(anchors, *of[1:], **options)
     assert torch.equal(loss, again) and grad.isfinite().all()
-    if sampling != "semi_hard":
-        cpu = [x.cpu() for x in of]
-        leaf = anchors.detach().cpu().requires_grad_()
-        expected = pico_fast.contrast(leaf, cpu[1], cpu[2].float(), cpu[3], **options)
-        (expected_grad,) = torch.autograd.grad(expected, leaf)
-        torch.testing.assert_close(loss.cpu(), expected, rtol=1e-3, atol=1e-3)
-        assert (grad.cpu() - expected_grad).norm() <= 2e-2 * expected_grad.norm()
+    cpu = [x.cpu() for x in of]
+    leaf = anchors.detach().cpu().requires_grad_()
+    expected = pico_fast.contrast(leaf, cpu[1], cpu[2].float(), cpu[3], **options)
+    (expected_grad,) = torch.autograd.grad(expected, leaf)
+    # of keys that are almost as hard as the last one that counts, either may count
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-3, atol=1e-3)
+    assert (grad.cpu() - expected_grad).norm() <= 2e-2 * expected_grad.norm()
 
 
-@pytest.mark.parametrize("sampling", ("hardest", "semi_hard", "random"))
+@pytest.mark.parametrize("sampling", ("hardest", "semi_hard", "bounded", "random"))
 def test_a_whole_criterion_step_is_one_graph(sampling):
     criterion = pico_fast.PiCoLoss(
         19,

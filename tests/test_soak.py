@@ -25,6 +25,7 @@ from torch._dynamo.utils import counters
 from torch.nn.functional import normalize
 
 import pico_fast
+from pico_fast.selection.options import SAMPLINGS
 
 # the compiler lists torch's functions once; it must see the true ones, before a fixture wraps any
 torch._dynamo.trace_rules.get_torch_obj_rule_map()
@@ -198,7 +199,7 @@ def compile_once(sampling: str, steps: int) -> int:
 
 def test_nothing_compiles_anew(full, figures):
     steps = 500 if full else 50
-    for sampling in ("semi_hard", "all", "random", "hardest") if full else ("semi_hard",):
+    for sampling in SAMPLINGS if full else ("semi_hard",):
         graphs = compile_once(sampling, steps)
         figures.add("no recompilation", "compiled steps", steps)
         figures.most("no recompilation", "graphs", graphs)

@@ -11,37 +11,47 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pico_fast"
 
-# a module imports from the rows above it, or from its own row; never from below, never in a circle
-LAYERS = [
-    {"checks", "finite", "labels", "pixels", "presets", "ranks", "reference"},
-    {
-        "anchors",
-        "bank",
-        "bank_state",
-        "class_order",
-        "contrast",
-        "contrast_any",
-        "contrast_cpu",
-        "contrast_gpu",
-        "contrast_selected",
-        "entries",
-        "pass_gpu",
-        "picked",
-        "picked_gpu",
-        "projection",
-        "regions",
-        "selection",
-        "selection_gpu",
-        "synthesis",
-    },
-    {"sharded", "shard_picks", "on_gpu"},
-    {"loss"},
-    {"dropin", "tap", "testing", "visualize"},
-    {"__init__"},
-    {"info"},
-]
-LAYER = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+# the tree as it reads from the outside: a module imports from its own row and from those below it, never
+# from above, and never in a circle; "folder: modules" stand in a folder
+TREE = """
+info
+__init__
+loss dropin attach projection presets visualize
+on_gpu
+contrast: function select_keys flow shares picks
+contrast: ops eager cpu gpu weights
+bank: memory_bank entries state share
+selection: sample ops eager cpu gpu launch layout
+anchors regions pixels grid finite reference
+selection: options synthesis
+checks draws collectives
+"""
+
+
+def rows_of_the_tree() -> dict[str, int]:
+    """The row of each module, from the top; a module in a folder as "folder.module"."""
+    found = {}
+    for row, line in enumerate(TREE.split("\n")):
+        folder, _, names = line.rpartition(": ")
+        for name in names.split():
+            module = f"{folder}.{name}" if folder else name
+            assert module not in found, f"{module} stands twice"
+            found[module] = row
+    return found
+
+
+def module_of(path: Path) -> str:
+    """The name of a file of the package, from the package on: "checks", "bank.state"."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+ROW = rows_of_the_tree()
+FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+PATHS = {
+    module_of(path): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py" or path.parent == PACKAGE
+}
 
 
 def sources(*patterns: str) -> list[Path]:
@@ -57,33 +67,39 @@ def imported_modules(path: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+            # what is imported from a module may be a module itself
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in names:
             package, _, rest = name.partition(".")
-            module = rest.partition(".")[0]
-            if package == "pico_fast" and (module in MODULES or module == "kernels"):
-                found.add(module)
-            elif name == "pico_fast" and isinstance(node, ast.Import):
-                found.add("__init__")
+            if package != "pico_fast":
+                continue
+            if rest.partition(".")[0] == "kernels":
+                found.add("kernels")
+                continue
+            while rest and rest not in PATHS:
+                rest = rest.rpartition(".")[0]
+            found.add(rest or "__init__")
     return found
 
 
-def test_every_module_has_a_layer():
-    assert set(MODULES) <= set(LAYER)
+def test_the_tree_lists_every_module():
+    assert set(PATHS) == set(ROW)
+    for folder in FOLDERS:
+        # what is imported from a folder is a module of it
+        body = ast.parse((PACKAGE / folder / "__init__.py").read_text()).body
+        assert len(body) == 1 and isinstance(body[0], ast.Expr), folder
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", PATHS)
 def test_imports_go_one_way(module):
-    for other in imported_modules(PACKAGE / f"{module}.py") - {"kernels"}:
-        assert LAYER[other] <= LAYER[module], f"{module} imports {other}"
+    for other in imported_modules(PATHS[module]) - {"kernels"}:
+        assert ROW[other] >= ROW[module], f"{module} imports {other}"
 
 
 def test_no_import_circle():
-    waiting = {
-        module: imported_modules(PACKAGE / f"{module}.py") - {"kernels"} for module in MODULES
-    }
+    waiting = {module: imported_modules(path) - {"kernels"} for module, path in PATHS.items()}
     while waiting:
         ready = {module for module, needs in waiting.items() if not needs & set(waiting)}
         assert ready, f"import circle among {sorted(waiting)}"
@@ -109,6 +125,15 @@ def test_files_are_named_after_concepts():
         folder = path.relative_to(ROOT).parts[0]
         if not folder.startswith(".") and folder not in ("build", "dist"):
             assert not vague & set(path.stem.split("_")), path
+
+
+def test_samplings_are_listed_once():
+    listed = re.compile(r'(?:"(?:all|random|hardest|semi_hard|bounded)",?\s*){5}')
+    for path in sources("pico_fast/**/*.py", "tests/*.py", "bench/**/*.py", "examples/*.py"):
+        if path != PACKAGE / "selection" / "options.py":
+            # a sentence of a docstring may name them all
+            code = re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL)
+            assert not listed.search(code), path
 
 
 def test_reference_is_used_by_tests():

@@ -23,7 +23,6 @@ def test_the_page_is_that_of_the_figures(found):
 def test_a_promise_has_tests_and_figures(promise, found):
     for name in promise.tests.split():
         assert (TESTS / f"test_{name}.py").is_file()
-        assert found["figures"]["passed"][f"test_{name}.py"] > 0
     assert found["figures"][promise.figures]
 
 

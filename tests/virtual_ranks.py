@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from pico_fast import bank, ranks
+from pico_fast import collectives
+from pico_fast.bank import memory_bank
 
 
-class VirtualRanks(ranks.Ranks):
+class VirtualRanks(collectives.Ranks):
     """One of several threads that play ranks."""
 
     def __init__(self, placement, board, barrier, rank):
@@ -67,5 +68,5 @@ def run(n, work, monkeypatch):
             raise
 
     with monkeypatch.context() as patch, ThreadPoolExecutor(n) as pool:
-        patch.setattr(bank, "Ranks", make)
+        patch.setattr(memory_bank, "Ranks", make)
         return [future.result() for future in [pool.submit(one, rank) for rank in range(n)]]

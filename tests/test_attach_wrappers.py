@@ -8,6 +8,9 @@ from tapped import CLASSES, IN_BATCH, Network, assert_same, batch, gradients, jo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+# the compiler lists torch's functions once; it must see the true ones, before a fixture wraps any
+torch._dynamo.trace_rules.get_torch_obj_rule_map()
+
 
 def _rank(rank, world, store):
     """One of two processes: gradients are the mean of those that each would have alone."""

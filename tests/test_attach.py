@@ -9,7 +9,7 @@ from tapped import CHANNELS, CLASSES, DIM, Network, assert_same, batch, gradient
 from torch import nn
 
 import pico_fast
-from pico_fast import tap as tap_page
+from pico_fast.attach import KNOWN, NAME
 
 
 class Tokens(nn.Module):
@@ -82,7 +82,7 @@ def test_tokens_that_fill_no_square_ask_for_a_grid():
 
 @pytest.mark.parametrize(
     ("library", "path"),
-    [(place.library, place.path.partition(":")[0]) for place in tap_page.KNOWN],
+    [(place.library, place.path.partition(":")[0]) for place in KNOWN],
 )
 def test_known_places_are_found(library, path):
     def build(names):
@@ -151,7 +151,7 @@ def test_other_hooks_survive_and_a_swapped_norm_does_not_hinder():
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
     tap.detach()
     model.eval()(batch()[0])
-    assert calls == ["mine"] and not hasattr(model, tap_page.NAME)
+    assert calls == ["mine"] and not hasattr(model, NAME)
 
 
 def test_eval_and_no_grad_catch_nothing():
@@ -180,7 +180,7 @@ def test_copies_and_files_have_a_tap_of_their_own():
     loaded = torch.load(file, weights_only=False)
     expected = gradients(model, tap, images, labels)
     for other in (copy.deepcopy(model), loaded):
-        other_tap = getattr(other, tap_page.NAME)
+        other_tap = getattr(other, NAME)
         assert other_tap is not tap and other_tap.head is not tap.head
         assert_same(gradients(other, other_tap, images, labels), expected)
         other_tap.detach()
