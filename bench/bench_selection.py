@@ -1,18 +1,16 @@
-"""Loss and gradient on selected keys, beside what PyTorch and FAISS make of it."""
+"""Loss and gradient on the hardest keys of all, beside what PyTorch and FAISS make of it."""
 
 import cases
+import ours
 import pytest
 import torch
 from bench_contrast import peak_of
 from cases import CHANNELS, COCO_STUFF, COUNTS, TEMPERATURE
 from peers import selection as peers
-from peers.products import bank_of
 from results import Case, Row
-from runs import Run, why_not_run, with_gradient
+from runs import Run, with_gradient
 
 import pico_fast
-
-DRAWS = ("semi_hard", "random")
 
 
 def inputs(device: str, data: str, share: float, n_anchors: int) -> cases.Pairs:
@@ -21,30 +19,20 @@ def inputs(device: str, data: str, share: float, n_anchors: int) -> cases.Pairs:
     return cases.pairs(COCO_STUFF, n_anchors, share, data, dtype, device)
 
 
-def case_of(
-    sampling: str, pairs: cases.Pairs, share: float, data: str, data_set: str = COCO_STUFF.name
-) -> Case:
-    """Of the samplings hardest alone needs a product with all keys."""
+def case_of(pairs: cases.Pairs, share: float, data: str, data_set: str = COCO_STUFF.name) -> Case:
+    """Any way has to multiply all anchors and keys once."""
     n_anchors, n_keys = len(pairs.anchors), len(pairs.keys)
     product = 2.0 * n_anchors * n_keys * CHANNELS
-    return Case(
-        f"contrast, {sampling}",
-        data_set,
-        n_keys,
-        n_anchors,
-        share,
-        data,
-        operations=product if sampling == "hardest" else 0.0,
-    )
+    name = "contrast, hardest"
+    return Case(name, data_set, n_keys, n_anchors, share, data, operations=product)
 
 
-def ours(pairs: cases.Pairs, sampling: str) -> dict[str, Run]:
+def mine(pairs: cases.Pairs) -> dict[str, Run]:
     """Ours, without and with synthesised negatives."""
-    options = {"temperature": TEMPERATURE, "sampling": sampling}
-    mixes = {"synthesis": pico_fast.Synthesis()}
+    mixed = ours.against_a_bank(pairs, "hardest", pico_fast.Synthesis())
     return {
-        "pico_fast": Run(with_gradient(pico_fast.contrast, *pairs, **options)),
-        "pico_fast, synthesis": Run(with_gradient(pico_fast.contrast, *pairs, **options, **mixes)),
+        "pico_fast": Run(ours.against_a_bank(pairs, "hardest")),
+        "pico_fast, synthesis": Run(mixed),
     }
 
 
@@ -62,64 +50,23 @@ def test_hardest(compare, device, data):
     # keys that rounding swaps at the threshold change the gradient by more than rounding
     tolerance = 1e-3 if device == "cpu" else 2e-2
     runs = {
-        **ours(pairs, "hardest"),
+        **mine(pairs),
         "matmul + topk": peer(peers.matmul_topk, pairs, tolerance, 2.0),
         "chunked topk": peer(peers.chunked_topk, pairs, tolerance),
     }
     if device == "cpu":
         runs["FAISS"] = peer(peers.faiss_hardest, pairs, tolerance)
-    compare(case_of("hardest", pairs, share, data), runs)
-
-
-@pytest.mark.parametrize("sampling", DRAWS)
-def test_draws(compare, device, sampling):
-    """The peers draw by themselves: losses are compared as means over the anchors, not bit by bit."""
-    n_anchors, share = (512, 0.1) if device == "cpu" else (4096, 1.0)
-    pairs = inputs(device, "clustered", share, n_anchors)
-    runs = ours(pairs, sampling)
-    if sampling == "semi_hard":
-        runs["full matrix"] = peer(peers.semi_hard, pairs, None, 2.0)
-        runs["subset"] = peer(peers.semi_hard_subset, pairs, None)
-        same_pool = ("full matrix", "subset")
-    else:
-        runs["gather"] = peer(peers.random_gather, pairs, None)
-        # what a step costs that looks at all keys
-        runs["full matrix"] = peer(peers.semi_hard, pairs, None, 10.0)
-        same_pool = ("gather",)
-    mine = runs["pico_fast"].call()[0]
-    for name in same_pool:
-        if why_not_run(runs[name], device) is None:
-            theirs = runs[name].call()[0].to(mine.dtype)
-            torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=0)
-    compare(case_of(sampling, pairs, share, "clustered"), runs)
-
-
-@pytest.mark.parametrize("sampling", DRAWS)
-def test_draws_from_the_whole_bank(compare, device, sampling):
-    """1.71 million keys."""
-    n_anchors = 256 if device == "cpu" else 16384
-    pairs = inputs(device, "clustered", 1.0, n_anchors)
-    runs = ours(pairs, sampling)
-    if sampling == "semi_hard":
-        runs["subset"] = peer(peers.semi_hard_subset, pairs, None)
-    compare(case_of(sampling, pairs, 1.0, "clustered"), runs)
+    compare(case_of(pairs, share, data), runs)
 
 
 def test_a_mostly_empty_bank_costs_what_it_holds(compare, device):
     """The first twentieth of every queue is filled: the keys in their bank, and the same keys alone."""
     share, times = 0.01, 20
     packed = inputs(device, "clustered", share, 256)
-    bank = bank_of(packed.keys, packed.key_labels)
-    classes, slots, _ = bank.shape
-    spread = bank.new_zeros(classes, times * slots, CHANNELS)
-    spread[:, :slots] = bank
-    labels = packed.key_labels.new_full((classes, times * slots), -1)
-    labels[:, :slots] = packed.key_labels.view(classes, slots)
-    options = {"temperature": TEMPERATURE, "sampling": "hardest"}
-    in_bank = packed._replace(keys=spread.flatten(0, 1), key_labels=labels.flatten())
+    alone = ours.against_a_bank(packed, "hardest")
     runs = {
-        "pico_fast": Run(with_gradient(pico_fast.contrast, *in_bank, **options)),
-        "packed": Run(with_gradient(pico_fast.contrast, *packed, **options), 1e-3, 0, 0.5),
+        "pico_fast": Run(ours.against_a_bank(packed, "hardest", times=times)),
+        "packed": Run(alone, 1e-3, 0, 0.5),
     }
     case = Case(
         "mostly empty bank", COCO_STUFF.name, len(packed.keys), 256, share, detail="hardest"
@@ -127,21 +74,18 @@ def test_a_mostly_empty_bank_costs_what_it_holds(compare, device):
     compare(case, runs)
 
 
-@pytest.mark.parametrize(
-    ("sampling", "name"), (("hardest", "matmul + topk"), ("semi_hard", "full matrix"))
-)
-def test_memory(benchmark, device, results, sampling, name):
+def test_memory(benchmark, device, results):
     """Growth of the resident set over loss + gradient, each in a process of its own."""
     if device == "cuda":
         pytest.skip("on a GPU every timed run's peak is recorded")
-    case = Case("memory", COCO_STUFF.name, COCO_STUFF.keys(0.1), 1024, 0.1, detail=sampling)
+    n_anchors, share, name = 512, 0.1, "matmul + topk"
+    keys = COCO_STUFF.keys(share)
+    case = Case("memory", COCO_STUFF.name, keys, n_anchors, share, detail="hardest")
+    needs = {name: peers.bytes_needed("matmul_topk", n_anchors, keys, CHANNELS, *COUNTS)}
     peaks = {}
     for run in ("pico_fast", name):
-        function = {"matmul + topk": "matmul_topk", "full matrix": "semi_hard"}.get(run)
-        sizes = (case.anchors, case.keys, CHANNELS, *COUNTS)
-        needs = peers.bytes_needed(function, *sizes) if function else 0
         row = Row(case, run)
-        row.peak_bytes, row.why_not = peak_of(run, sampling, case.anchors, case.share, needs)
+        row.peak_bytes, row.why_not = peak_of(run, "hardest", n_anchors, share, needs.get(run, 0))
         peaks[run] = row.peak_bytes
         results.rows.append(row)
     benchmark.extra_info.update(peaks)

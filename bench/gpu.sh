@@ -39,7 +39,7 @@ step install 25 python3 -m pip install --no-deps --no-build-isolation --force-re
 cd "$out"  # not the root: its pico_fast/ would stand before the installed one
 step info 28 python3 -m pico_fast.info
 step tests 52 python3 -m pytest -q -rf -p no:cacheprovider "$root/tests" \
-  -k "gpu or kernels_contrast or kernels_selection or peers or budget or large"
+  -k "gpu or kernels_contrast or kernels_hardest or peers or budget or large"
 share=52
 for tool in memcheck racecheck synccheck; do
   share=$((share + 7))

@@ -13,6 +13,9 @@ IN_WORDS = {
     "index_add": "index_add_",
     "two products": "its two bare matrix products",
     "product of the same operations": "one product of as many operations",
+    "plain PyTorch": "the same sample in plain PyTorch",
+    "plain PyTorch, in blocks": "the same in blocks of anchors",
+    "full matrix": "draws from all keys",
 }
 # benches that know the peak memory of loss and gradient with all keys
 MEMORY = ("memory, by number of keys", "contrast, all keys", "contrast, by number of keys")
@@ -37,8 +40,15 @@ HEADLINES = (
         floors=("two products", "product of the same operations"),
     ),
     Headline("hardest sampling", "contrast, hardest", ("matmul + topk",)),
-    Headline("semi-hard sampling", "contrast, semi_hard", ("full matrix",)),
-    Headline("random sampling", "contrast, random", ("full matrix",)),
+    *(
+        Headline(what, f"sampled contrast, {name}", ("plain PyTorch",))
+        for what, name in (
+            ("semi-hard sampling (default)", "semi_hard"),
+            ("semi-hard, random positives", "semi_hard, random positives"),
+            ("bounded sampling", "bounded"),
+            ("random sampling", "random"),
+        )
+    ),
     *(
         Headline(f"region pooling, {way}", "region pooling", ("index_add_", "index_add"), way)
         for way in ("forward", "forward + backward")

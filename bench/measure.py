@@ -30,7 +30,7 @@ def on_gpu(call: Call) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _larger_than_the_cache().zero_()
     # the GPU waits here until the host has everything queued: launches are not part of the time
-    torch.cuda._sleep(1_000_000)
+    torch.cuda._sleep(10_000_000)
     start.record()
     call()
     end.record()

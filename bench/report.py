@@ -33,8 +33,9 @@ How to read it:
 
 - A case is one piece of work on one set of inputs; "1,024 x 171,000" are anchors x keys, "at 0.1 of
   the queue" says that a tenth of the paper's memory was used. Its runs are ways of doing it:
-  `pico_fast` is ours, the others are peers. They take turns, round after round, so what disturbs
-  the machine disturbs all of them: trust ratios more than times.
+  `pico_fast` is ours, against a bank, as a criterion calls it; with "labelled keys" it is the public
+  function, which is told the label of each key. The others are peers. They take turns, round after
+  round, so what disturbs the machine disturbs all of them: trust ratios more than times.
 - Nothing is timed that failed its check. A run that returns what ours returns is compared with it
   first; peers that draw keys at random are compared by their mean loss. What differs, or does not
   fit into memory, shows the reason in place of times.

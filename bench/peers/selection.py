@@ -1,4 +1,4 @@
-"""Loss on picked keys, hardest or drawn, by stock operations: scalars with a gradient on the anchors.
+"""Loss on the hardest keys, or draws from the hardest, by stock operations: scalars with a gradient.
 
 Every peer takes (anchors, anchor_labels, keys, key_labels, num_positives, num_negatives, temperature).
 Where it says "class by class", keys are sorted by class and all classes have one size.
@@ -148,7 +148,10 @@ def semi_hard(
     temperature: float,
     hard_fraction: float = 0.1,
 ) -> Tensor:
-    """Loss on a draw from the hardest pools: the full similarity, two topk and random lots: a scalar."""
+    """Loss on draws of each anchor's own from the hardest pools, as the paper's words have it: a scalar.
+
+    The full similarity, two topk and random lots.
+    """
     s = anchors.to(keys.dtype) @ keys.T
     positive = anchor_labels[:, None] == key_labels
 
@@ -161,88 +164,6 @@ def semi_hard(
     of_class = int(positive[0].sum())
     hard = draw(s.detach().masked_fill(positive, -torch.inf), len(keys) - of_class, num_negatives)
     easy = draw((-s.detach()).masked_fill(~positive, -torch.inf), of_class, num_positives)
-    return _loss(easy, hard, temperature)
-
-
-def _spread_subset(size: int, count: int, device: torch.device) -> Tensor:
-    """Distinct random indices [count] below `size`: one of each of as many equal parts of a circle."""
-    bounds = torch.arange(count + 1, device=device) * size // count
-    first, width = bounds[:-1], bounds.diff()
-    place = first + (torch.rand(count, dtype=torch.float64, device=device) * width).long()
-    # parts differ in size by one: turned at random, all indices are equally likely
-    return (place + torch.randint(size, (1,), device=device)) % size
-
-
-def semi_hard_subset(
-    anchors: Tensor,  # [A, D] float32
-    anchor_labels: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D], class by class
-    key_labels: Tensor,  # [K] int64
-    num_positives: int,
-    num_negatives: int,
-    temperature: float,
-    hard_fraction: float = 0.1,
-) -> Tensor:
-    """Loss on a draw from pools that are cut from a random subset of the keys, shared by all anchors.
-
-    The subset holds a quarter more than max(N / hard_fraction, 8192) keys; its own hardest share stands
-    for that of all keys. Positives come from the whole own class.
-    """
-    bank = bank_of(keys, key_labels)
-    classes, slots, _ = bank.shape
-
-    def draw(hardness: Tensor, pool: int, count: int) -> Tensor:
-        hardest = hardness.topk(max(1, pool)).indices
-        lots = torch.rand(hardest.shape, device=hardness.device)
-        return hardest.gather(1, lots.topk(min(count, hardest.shape[1])).indices)
-
-    with torch.no_grad():
-        wanted = math.ceil(1.25 * max(num_negatives / hard_fraction, 8192))
-        subset = _spread_subset(len(keys), min(wanted, len(keys)), keys.device)
-        s = product(anchors, keys[subset].T)
-        own = anchor_labels[:, None] == key_labels[subset]
-        others = len(subset) * (classes - 1) // classes
-        s.masked_fill_(own, -torch.inf)
-        chosen = draw(s, math.ceil(hard_fraction * others), num_negatives)
-        hard, hard_index = s.gather(1, chosen), subset[chosen]
-        s = own_class_product(anchors, anchor_labels, bank)
-        chosen = draw(-s, math.ceil(hard_fraction * slots), num_positives)
-        easy, easy_index = s.gather(1, chosen), chosen + anchor_labels[:, None] * slots
-    return _loss(
-        picked(anchors, keys, easy_index, easy),
-        picked(anchors, keys, hard_index, hard),
-        temperature,
-    )
-
-
-def random_gather(
-    anchors: Tensor,  # [A, D] float32
-    anchor_labels: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D], class by class
-    key_labels: Tensor,  # [K] int64
-    num_positives: int,
-    num_negatives: int,
-    temperature: float,
-) -> Tensor:
-    """Loss on uniformly random keys: torch.randint, a copy of the picked rows, and a batched product.
-
-    Drawn with replacement, which is what torch.randint gives; a class of no more than `num_positives`
-    keys is taken whole.
-    """
-    slots = bank_of(keys, key_labels).shape[1]
-    first = anchor_labels[:, None] * slots
-    if slots <= num_positives:
-        easy = first + torch.arange(slots, device=keys.device)
-    else:
-        shape = (len(anchors), num_positives)
-        easy = first + torch.randint(slots, shape, device=keys.device)
-    shape = (len(anchors), num_negatives)
-    hard = torch.randint(len(keys) - slots, shape, device=keys.device)
-    hard = hard + slots * (hard >= first)
-    queries = anchors.to(keys.dtype).unsqueeze(2)
-    easy, hard = (
-        torch.bmm(keys[index], queries)[..., 0].to(anchors.dtype) for index in (easy, hard)
-    )
     return _loss(easy, hard, temperature)
 
 
@@ -261,15 +182,10 @@ def bytes_needed(
     """
     pairs, slots, picked_keys = anchors * keys, -(-keys // classes), num_positives + num_negatives
     own_class = 8 * anchors * slots + 16 * keys + 16 * anchors * channels
-    subset = min(keys, math.ceil(1.25 * max(num_negatives / 0.1, 8192)))
     values = {
         "matmul_topk": 4 * pairs,
         "semi_hard": 5 * pairs,
         "chunked_topk": 2 * anchors * min(keys, 32768) + 16 * anchors * picked_keys + own_class,
-        "semi_hard_subset": 2 * subset * (anchors + channels)
-        + 16 * anchors * picked_keys
-        + own_class,
-        "random_gather": 2 * anchors * picked_keys * channels,
         "faiss_hardest": 8 * anchors * (picked_keys + slots) + own_class,
     }
     return 4 * values[name]
