@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import pico_fast
+from pico_fast.selection.options import SAMPLINGS
 
 # where a run happens and what it writes, as opposed to what it computes
 PLACES = ("root", "device", "threads", "workers", "checkpoint", "save_every", "resume", "output")
@@ -71,9 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     pico.add_argument("--weight", type=float, default=0.1, help="of the contrast in the sum")
     pico.add_argument("--warmup-steps", type=int, default=0, help="steps with contrast weight 0")
     pico.add_argument("--temperature", type=float, default=0.1)
-    pico.add_argument(
-        "--sampling", choices=("all", "random", "hardest", "semi_hard"), default="semi_hard"
-    )
+    pico.add_argument("--sampling", choices=SAMPLINGS, default="semi_hard")
     pico.add_argument("--hard-fraction", type=float, default=0.1, help="pool of semi_hard")
     pico.add_argument("--num-positives", type=int, default=1024)
     pico.add_argument("--num-negatives", type=int, default=2048)
