@@ -17,9 +17,7 @@ inline uint32_t lowbias32(uint32_t x) {
   return x ^ (x >> 15);
 }
 
-inline uint32_t fold(uint32_t state, uint32_t word) {
-  return lowbias32((state ^ word) + 0x9e3779b9u);
-}
+inline uint32_t fold(uint32_t state, uint32_t word) { return lowbias32((state ^ word) + 0x9e3779b9u); }
 
 // The state of a hash after its seed, an int64 tensor of one value.
 inline uint32_t fold_seed(const torch::stable::Tensor& seed) {

@@ -32,9 +32,6 @@ struct Tally {
 
 template <typename T>
 struct Row {
-  // a hardness of -inf is no candidate
-  static constexpr Bits<T> kLowest = ~(Bits<T>{1} << (sizeof(T) == 8 ? 52 : 23));
-
   Word<T>* kept;  // [room]
   int64_t room, count, filled, seen;
   Bits<T> least;
@@ -65,8 +62,8 @@ struct Row {
     least = static_cast<Bits<T>>(kept[count - 1] >> 32);
   }
 
-  PICO_FAST_INLINE void look(const T* similarity, T sign, T ceiling, const int64_t* name,
-                             int64_t number, int64_t w) {
+  PICO_FAST_INLINE void look(const T* similarity, T sign, T ceiling, const int64_t* name, int64_t number,
+                             int64_t w) {
     Bits<T> bits[kGroup];
     for (int64_t first = 0; first < w; first += kGroup) {
       const int64_t n = std::min(kGroup, w - first);
@@ -75,7 +72,7 @@ struct Row {
       for (int64_t j = 0; j < n; ++j) {
         const T s = similarity[first + j];
         bits[j] = bits_of(sign * s) | -static_cast<Bits<T>>(s >= ceiling);
-        candidates += bits[j] <= kLowest;
+        candidates += bits[j] <= kLowest<T>;
         hard += bits[j] <= least;
       }
       seen += candidates;
@@ -102,8 +99,8 @@ int64_t room_of(const Tensor& kept, int64_t count) {
 }
 
 void check_filled(const Tally* tallies, int64_t n, int64_t room) {
-  const bool inside = std::all_of(tallies, tallies + n,
-                                  [=](const Tally& t) { return t.filled >= 0 && t.filled < room; });
+  const bool inside =
+      std::all_of(tallies, tallies + n, [=](const Tally& t) { return t.filled >= 0 && t.filled < room; });
   STD_TORCH_CHECK(inside, "tally: expected no more than there is room for");
 }
 
@@ -111,8 +108,8 @@ void check_filled(const Tally* tallies, int64_t n, int64_t room) {
 // j; ceiling [n] or none; kept [n, room] int64 (of float64 [n, 2 room]) and tally [n, 3] int64 go
 // on
 void keep_hardest(const Tensor& similarity, const std::optional<Tensor>& name_, int64_t first,
-                  const std::optional<Tensor>& ceiling_, bool own, int64_t count,
-                  const Tensor& kept, const Tensor& tally) {
+                  const std::optional<Tensor>& ceiling_, bool own, int64_t count, const Tensor& kept,
+                  const Tensor& tally) {
   STD_TORCH_CHECK(similarity.dim() == 2 && kept.dim() == 2, "expected [n, w] and kept [n, room]");
   const int64_t n = similarity.size(0), w = similarity.size(1);
   STD_TORCH_CHECK(first >= 0 && first < INT32_MAX - w, "columns: expected fewer than 2^31");
@@ -120,7 +117,7 @@ void keep_hardest(const Tensor& similarity, const std::optional<Tensor>& name_, 
   auto* tallies = reinterpret_cast<Tally*>(in_place<int64_t>(tally, {n, 3}, "tally"));
   with_precision(similarity, [&](auto precision) {
     using T = decltype(precision);
-    const T* from = in_place<T>(similarity, {n, w}, "similarity");
+    const auto from = rows_in_place<T>(similarity, n, w, "similarity");
     const T* ceiling = ceiling_ ? in_place<T>(*ceiling_, {n}, "ceiling") : nullptr;
     const int64_t room = room_of<T>(kept, count), width = kept.size(1);
     auto* words = in_place<int64_t>(kept, {n, width}, "kept");
@@ -135,47 +132,10 @@ void keep_hardest(const Tensor& similarity, const std::optional<Tensor>& name_, 
                    count,
                    told.filled,
                    told.seen,
-                   std::min(softest, Row<T>::kLowest)};
+                   std::min(softest, kLowest<T>)};
         const T top = ceiling ? ceiling[i] : std::numeric_limits<T>::quiet_NaN();
-        vectorised([&]() PICO_FAST_INLINE { row.look(from + i * w, sign, top, name, first, w); });
+        vectorised([&]() PICO_FAST_INLINE { row.look(from[i], sign, top, name, first, w); });
         told = {row.filled, row.seen, static_cast<int64_t>(~row.least)};
-      }
-    });
-  });
-}
-
-// kept and tally as above, wanted [n] int64 -> in place threshold [n], the similarity of the
-// wanted-th hardest, and ties [n] int64, how many of those equal to it are among the wanted;
-// infinite and 0 where none is wanted
-void bounds_of_kept(const Tensor& kept, const Tensor& tally, const Tensor& wanted, bool own,
-                    const Tensor& threshold, const Tensor& ties) {
-  STD_TORCH_CHECK(kept.dim() == 2, "expected kept [n, room]");
-  const int64_t n = kept.size(0), width = kept.size(1);
-  const auto* tallies = reinterpret_cast<Tally*>(in_place<int64_t>(tally, {n, 3}, "tally"));
-  const int64_t* rank = in_place<int64_t>(wanted, {n}, "wanted");
-  auto* equal = in_place<int64_t>(ties, {n}, "ties");
-  auto* words = in_place<int64_t>(kept, {n, width}, "kept");
-  with_precision(threshold, [&](auto precision) {
-    using T = decltype(precision);
-    auto* bound = in_place<T>(threshold, {n}, "threshold");
-    check_filled(tallies, n, room_of<T>(kept, 1));
-    for (int64_t i = 0; i < n; ++i)
-      STD_TORCH_CHECK(rank[i] >= 0 && rank[i] <= tallies[i].filled,
-                      "wanted: expected no more than were kept");
-    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        auto* row = reinterpret_cast<Word<T>*>(words + i * width);
-        const int64_t filled = tallies[i].filled;
-        const T sign = own ? -1 : 1;
-        bound[i] = sign * std::numeric_limits<T>::infinity();
-        equal[i] = 0;
-        if (rank[i] == 0) continue;
-        std::nth_element(row, row + rank[i] - 1, row + filled);
-        const Bits<T> last = static_cast<Bits<T>>(row[rank[i] - 1] >> 32);
-        bound[i] = sign * hardness_of<T>(row[rank[i] - 1]);
-        equal[i] = std::count_if(row, row + rank[i], [=](Word<T> word) {
-          return static_cast<Bits<T>>(word >> 32) == last;
-        });
       }
     });
   });
@@ -195,13 +155,12 @@ void list_kept(const Tensor& kept, const Tensor& tally, bool own, const Tensor& 
     auto* values = in_place<T>(similarity, {n, count}, "similarity");
     check_filled(tallies, n, room_of<T>(kept, 1));
     parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      Sorter<T> sorter;
       for (int64_t i = begin; i < end; ++i) {
         auto* row = reinterpret_cast<Word<T>*>(words + i * width);
         const int64_t filled = tallies[i].filled;
         const int64_t last = std::min(filled, count);
         if (last > 0 && last < filled) std::nth_element(row, row + last - 1, row + filled);
-        sorter.sort(row, last);
+        std::sort(row, row + last);
         for (int64_t j = 0; j < count; ++j) {
           const T hardness = j < last ? hardness_of<T>(row[j]) : T(0);
           numbers[i * count + j] = j < last ? int64_t{static_cast<uint32_t>(row[j])} : -1;
@@ -217,6 +176,5 @@ void list_kept(const Tensor& kept, const Tensor& tally, bool own, const Tensor& 
 
 STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) {
   m.impl("keep_hardest", TORCH_BOX(&pico_fast::keep_hardest));
-  m.impl("bounds_of_kept", TORCH_BOX(&pico_fast::bounds_of_kept));
   m.impl("list_kept", TORCH_BOX(&pico_fast::list_kept));
 }

@@ -1,5 +1,4 @@
-// Products of anchors and keys on a CPU, for few anchors or few keys of each: keys are read where
-// they lie, in their own dtype, and those that do not count are not read.
+// Products of few anchors and keys on a CPU: keys are read where they lie, in their own dtype.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,7 +7,6 @@
 #include <bit>
 #include <cstring>
 #include <optional>
-#include <vector>
 
 #include "rows.h"
 
@@ -21,47 +19,13 @@ using torch::stable::parallel_for;
 constexpr int64_t kAhead = 4;
 // Rows and keys whose products are in hand at once, and columns of a tile that one task multiplies.
 constexpr int64_t kRows = 2, kKeys = 4, kColumns = 64;
-// Anchors of a block at most, and bytes of a tile of keys: both stay in a second-level cache.
-constexpr int64_t kAnchors = 256, kTileBytes = 1 << 19;
-
-struct Pick {
-  int32_t anchor, key;
-  int64_t slot;
-};
-
-// Picks [first * k, last * k) of an index [n, k] that `wanted` says are there, by tile of keys and
-// within a tile in their order.
-template <typename F>
-std::vector<Pick> by_tile(const int64_t* index, int64_t first, int64_t last, int64_t k, int64_t K,
-                          int64_t row_bytes, F&& wanted) {
-  // rows of no channels are of no bytes
-  const int64_t tile = std::max<int64_t>(1, kTileBytes / std::max<int64_t>(1, row_bytes));
-  std::vector<int64_t> start(K / tile + 2);
-  for (int64_t slot = first * k; slot < last * k; ++slot)
-    if (wanted(slot)) ++start[index[slot] / tile + 1];
-  for (size_t t = 1; t < start.size(); ++t) start[t] += start[t - 1];
-  std::vector<Pick> picks(start.back());
-  for (int64_t i = first; i < last; ++i)
-    for (int64_t slot = i * k; slot < (i + 1) * k; ++slot)
-      if (wanted(slot)) {
-        const auto key = static_cast<int32_t>(index[slot]);
-        picks[start[key / tile]++] = {static_cast<int32_t>(i), key, slot};
-      }
-  return picks;
-}
-
-int64_t block_of(int64_t n) {
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  return std::clamp<int64_t>((n + threads - 1) / threads, 1, kAnchors);
-}
 
 // Channels of a key in two halves that meet in pairs: the even and the odd ones of bfloat16, which
 // a word of 32 bits holds without a conversion; else the first and the last. An odd one stays
 // behind.
 template <typename S, typename T>
 struct Halves {
-  static constexpr bool kWords =
-      std::is_same_v<S, float> && std::is_same_v<T, torch::headeronly::BFloat16>;
+  static constexpr bool kWords = std::is_same_v<S, float> && std::is_same_v<T, torch::headeronly::BFloat16>;
 
   static PICO_FAST_INLINE void load(const T* key, int64_t half, int64_t d, S& one, S& other) {
     if constexpr (kWords) {
@@ -77,8 +41,7 @@ struct Halves {
 
   // A row [D] in the order of the halves.
   static void arrange(const S* row, int64_t D, S* to) {
-    for (int64_t d = 0; d < D; ++d)
-      to[kWords && d < D / 2 * 2 ? d / 2 + d % 2 * (D / 2) : d] = row[d];
+    for (int64_t d = 0; d < D; ++d) to[kWords && d < D / 2 * 2 ? d / 2 + d % 2 * (D / 2) : d] = row[d];
   }
 };
 
@@ -86,8 +49,8 @@ struct Halves {
 // two rows and four keys are in hand at once: the additions of one wait for one another, those of
 // eight do not. Behind the last comes the last again: a product is the same sum in any company.
 template <typename S, typename T>
-void multiply(const S* rows, int64_t n, const T* keys, const int64_t* which, int64_t D,
-              int64_t first, int64_t last, int64_t w, S* products) {
+void multiply(const S* rows, int64_t n, const T* keys, const int64_t* which, int64_t D, int64_t first,
+              int64_t last, const Rows<S>& products) {
   const auto key_at = [&](int64_t j) { return keys + (which ? which[j] : j) * D; };
   const int64_t half = D / 2;
   vectorised([&]() PICO_FAST_INLINE {
@@ -121,7 +84,7 @@ void multiply(const S* rows, int64_t n, const T* keys, const int64_t* which, int
         for (int64_t r = 0; r < std::min(kRows, n - i); ++r)
           for (int64_t k = 0; k < std::min(kKeys, last - j); ++k) {
             const S rest = D % 2 ? row[r][D - 1] * static_cast<S>(key[k][D - 1]) : S{0};
-            products[(i + r) * w + j + k] = sums[r][k] + rest;
+            products[i + r][j + k] = sums[r][k] + rest;
           }
       }
     }
@@ -132,8 +95,7 @@ void multiply(const S* rows, int64_t n, const T* keys, const int64_t* which, int
 // products [n, w]. Reads keys as they lie: for so few rows that a copy would cost more
 void multiply_few(const Tensor& rows_, const Tensor& keys, const std::optional<Tensor>& which_,
                   const Tensor& products_) {
-  STD_TORCH_CHECK(rows_.dim() == 2 && products_.dim() == 2,
-                  "expected rows [n, D], products [n, w]");
+  STD_TORCH_CHECK(rows_.dim() == 2 && products_.dim() == 2, "expected rows [n, D], products [n, w]");
   const int64_t n = rows_.size(0), D = rows_.size(1), w = products_.size(1);
   const int64_t* which = checked_which(keys, which_, w);
   STD_TORCH_CHECK(keys.size(1) == D, "keys: expected as many channels as rows");
@@ -144,54 +106,12 @@ void multiply_few(const Tensor& rows_, const Tensor& keys, const std::optional<T
     const S* rows = in_place<S>(rows_, {n, D}, "rows");
     auto* to = static_cast<S*>(arranged.mutable_data_ptr());
     for (int64_t i = 0; i < n; ++i) Halves<S, T>::arrange(rows + i * D, D, to + i * D);
-    S* products = in_place<S>(products_, {n, w}, "products");
+    const auto products = rows_in_place<S>(products_, n, w, "products");
     const auto* all = static_cast<const T*>(keys.const_data_ptr());
     parallel_for(0, (w + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
-      multiply(to, n, all, which, D, begin * kColumns, std::min(end * kColumns, w), w, products);
+      multiply(to, n, all, which, D, begin * kColumns, std::min(end * kColumns, w), products);
     });
   });
-}
-
-// keys [K, D], index [n, k] int64, -1 for none, weight [n, k] float32 or float64 -> [n, D]; a key
-// of weight 0 is not read: it may hold anything
-Tensor weighted_rows(const Tensor& keys_, const Tensor& index_, const Tensor& weight_) {
-  STD_TORCH_CHECK(keys_.dim() == 2 && index_.dim() == 2 && weight_.dim() == 2 &&
-                      weight_.size(0) == index_.size(0) && weight_.size(1) == index_.size(1),
-                  "expected keys [K, D], index [n, k] and weight [n, k]");
-  STD_TORCH_CHECK(index_.size(0) < INT32_MAX, "index: expected fewer than 2^31 rows");
-  const Tensor keys = torch::stable::contiguous(keys_);
-  const Tensor index = torch::stable::contiguous(index_);
-  const Tensor weight = torch::stable::contiguous(weight_);
-  const int64_t n = index.size(0), k = index.size(1), D = keys.size(1);
-  const int64_t* from = checked_index(index, keys.size(0));
-  Tensor out = torch::stable::new_zeros(weight, {n, D});
-  with_dtypes(weight, keys, [&](auto sum, auto key) {
-    using S = decltype(sum);
-    using T = decltype(key);
-    const auto* weights = static_cast<const S*>(weight.const_data_ptr());
-    const auto* all = static_cast<const T*>(keys.const_data_ptr());
-    auto* sums = static_cast<S*>(out.mutable_data_ptr());
-    const int64_t K = keys.size(0), block = block_of(n);
-    parallel_for(0, (n + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t first = begin * block; first < std::min(end * block, n); first += block) {
-        const auto used = [&](int64_t slot) { return from[slot] >= 0 && weights[slot] != 0; };
-        const int64_t last = std::min(first + block, n);
-        const auto picks = by_tile(from, first, last, k, K, D * sizeof(T), used);
-        const auto count = static_cast<int64_t>(picks.size());
-        vectorised([&]() PICO_FAST_INLINE {
-          for (int64_t j = 0; j < count; ++j) {
-            if (j + kAhead < count) prefetch(all + picks[j + kAhead].key * D, D);
-            const S w = weights[picks[j].slot];
-            const T* term = all + picks[j].key * D;
-            S* to = sums + picks[j].anchor * D;
-#pragma omp simd
-            for (int64_t d = 0; d < D; ++d) to[d] += w * static_cast<S>(term[d]);
-          }
-        });
-      }
-    });
-  });
-  return out;
 }
 
 }  // namespace
@@ -199,5 +119,4 @@ Tensor weighted_rows(const Tensor& keys_, const Tensor& index_, const Tensor& we
 
 STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) {
   m.impl("multiply_few", TORCH_BOX(&pico_fast::multiply_few));
-  m.impl("weighted_rows", TORCH_BOX(&pico_fast::weighted_rows));
 }

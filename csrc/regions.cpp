@@ -64,8 +64,7 @@ void add_planes(const T* features, const int32_t* rows, int64_t count, int64_t P
 
 // Adds `count` whole pixels to sums [C + 1, D].
 template <typename T>
-void add_pixels(const T* features, const int32_t* rows, int64_t count, int64_t D,
-                Sum<T>* __restrict sums) {
+void add_pixels(const T* features, const int32_t* rows, int64_t count, int64_t D, Sum<T>* __restrict sums) {
   for (int64_t p = 0; p < count; ++p) {
     const T* pixel = features + p * D;
     Sum<T>* sum = sums + rows[p] * D;
@@ -75,8 +74,8 @@ void add_pixels(const T* features, const int32_t* rows, int64_t count, int64_t D
 
 // Means [B, C, D] of features that lie in planes or in pixels.
 template <typename T>
-void pool(const T* features, const int32_t* rows, const int64_t* counts, int64_t B, int64_t P,
-          int64_t D, int64_t C, bool pixels, Sum<T>* means) {
+void pool(const T* features, const int32_t* rows, const int64_t* counts, int64_t B, int64_t P, int64_t D,
+          int64_t C, bool pixels, Sum<T>* means) {
   // One task sums a stretch of pixels, so short that float32 loses little, so long that the sums
   // are few next to the pixels. The stretches' sums are then added in their order, in float64.
   const int64_t stretch = std::max<int64_t>(1024, 16 * C), stretches = divide_up(P, stretch);
@@ -170,9 +169,8 @@ Tensor region_pool_backward(const Tensor& grad_means, const Tensor& labels, cons
   const Tensor dense_counts = torch::stable::contiguous(counts);
   const int64_t* count = static_cast<const int64_t*>(dense_counts.const_data_ptr());
   const std::vector<int32_t> rows = rows_and_counts(labels, C, nullptr);
-  Tensor grad =
-      torch::stable::empty({B, D, H, W}, dtype, std::nullopt, grad_means.device(), std::nullopt,
-                           pixels ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor grad = torch::stable::empty({B, D, H, W}, dtype, std::nullopt, grad_means.device(), std::nullopt,
+                                     pixels ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   with_feature_type(dtype, [&](auto type) {
     using T = decltype(type);
     const Sum<T>* from = static_cast<const Sum<T>*>(dense.const_data_ptr());

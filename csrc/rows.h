@@ -59,8 +59,7 @@ template <typename T>
 PICO_FAST_INLINE inline void prefetch(const T* row, int64_t D) {
 #if defined(__GNUC__)
   const auto* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t at = 0; at < D * static_cast<int64_t>(sizeof(T)); at += 64)
-    __builtin_prefetch(bytes + at);
+  for (int64_t at = 0; at < D * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(bytes + at);
 #endif
 }
 
@@ -96,8 +95,7 @@ inline const int64_t* checked_index(const Tensor& index, int64_t K, int64_t leas
   STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long, "index: expected int64");
   STD_TORCH_CHECK(K < INT32_MAX, "keys: expected fewer than 2^31");
   const auto* at = static_cast<const int64_t*>(index.const_data_ptr());
-  const bool inside =
-      std::all_of(at, at + index.numel(), [=](int64_t k) { return k >= least && k < K; });
+  const bool inside = std::all_of(at, at + index.numel(), [=](int64_t k) { return k >= least && k < K; });
   STD_TORCH_CHECK(inside, "index: expected indices of keys, or -1");
   return at;
 }
@@ -106,8 +104,7 @@ inline const int64_t* checked_index(const Tensor& index, int64_t K, int64_t leas
 template <typename F>
 void with_precision(const Tensor& similarity, F&& call) {
   if (similarity.scalar_type() == ScalarType::Double) return call(double{});
-  STD_TORCH_CHECK(similarity.scalar_type() == ScalarType::Float,
-                  "similarity: expected float32 or float64");
+  STD_TORCH_CHECK(similarity.scalar_type() == ScalarType::Float, "similarity: expected float32 or float64");
   call(float{});
 }
 
@@ -118,16 +115,32 @@ V* in_place(const Tensor& tensor, std::initializer_list<int64_t> sizes, const ch
                          : std::is_same_v<V, float> ? ScalarType::Float
                                                     : ScalarType::Long;
   const auto found = tensor.sizes();
-  STD_TORCH_CHECK(found.size() == sizes.size() &&
-                      std::equal(sizes.begin(), sizes.end(), found.begin()) &&
+  STD_TORCH_CHECK(found.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), found.begin()) &&
                       tensor.is_contiguous() && tensor.scalar_type() == dtype,
                   name, ": expected a dense tensor of another size or dtype");
   return static_cast<V*>(tensor.mutable_data_ptr());
 }
 
+// Rows of similarities, each dense.
+template <typename V>
+struct Rows {
+  V* first;
+  int64_t stride;
+
+  PICO_FAST_INLINE V* operator[](int64_t i) const { return first + i * stride; }
+};
+
+template <typename V>
+Rows<V> rows_in_place(const Tensor& tensor, int64_t n, int64_t w, const char* name) {
+  constexpr auto dtype = std::is_same_v<V, double> ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == n && tensor.size(1) == w &&
+                      tensor.stride(1) == 1 && tensor.scalar_type() == dtype,
+                  name, ": expected dense rows of another size or dtype");
+  return {static_cast<V*>(tensor.mutable_data_ptr()), tensor.stride(0)};
+}
+
 // which [w] int64 or none, then one key for each of w columns: the keys [*, D] of a tile
-inline const int64_t* checked_which(const Tensor& keys, const std::optional<Tensor>& which,
-                                    int64_t w) {
+inline const int64_t* checked_which(const Tensor& keys, const std::optional<Tensor>& which, int64_t w) {
   STD_TORCH_CHECK(keys.dim() == 2 && keys.is_contiguous(), "keys: expected dense [K, D]");
   STD_TORCH_CHECK(which || keys.size(0) == w, "keys: expected one for each column");
   if (!which) return nullptr;

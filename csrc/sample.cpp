@@ -63,9 +63,8 @@ void draw(const Parts& parts, int64_t n, int64_t k, uint32_t state, int64_t firs
 // ranges [C, G, 2] int64, names and wanted [C] int64, key_order [W] int64 or none, seed [] int64
 // -> the keys drawn [capacity] int64, class by class, -1 behind the last; their ranges [C, 1, 2]
 std::tuple<Tensor, Tensor> sample_keys(const Tensor& ranges_, const Tensor& names_,
-                                       const std::optional<Tensor>& key_order_,
-                                       const Tensor& wanted_, const Tensor& seed, int64_t stream,
-                                       int64_t capacity) {
+                                       const std::optional<Tensor>& key_order_, const Tensor& wanted_,
+                                       const Tensor& seed, int64_t stream, int64_t capacity) {
   const Tensor ranges = torch::stable::contiguous(ranges_);
   const Tensor names = torch::stable::contiguous(names_);
   const Tensor wanted = torch::stable::contiguous(wanted_);
@@ -87,9 +86,9 @@ std::tuple<Tensor, Tensor> sample_keys(const Tensor& ranges_, const Tensor& name
     int64_t n = 0;
     for (int64_t g = 0; g < G; ++g) {
       const int64_t first = range[2 * (c * G + g)], length = range[2 * (c * G + g) + 1];
-      STD_TORCH_CHECK(length == 0 || (length > 0 && length < INT32_MAX && first >= 0 &&
-                                      first <= positions - length),
-                      "ranges: expected parts of the positions");
+      STD_TORCH_CHECK(
+          length == 0 || (length > 0 && length < INT32_MAX && first >= 0 && first <= positions - length),
+          "ranges: expected parts of the positions");
       n += length;
     }
     STD_TORCH_CHECK(n < INT32_MAX && k[c] >= 0 && k[c] <= n && k[c] <= capacity - total,
@@ -122,6 +121,4 @@ std::tuple<Tensor, Tensor> sample_keys(const Tensor& ranges_, const Tensor& name
 }  // namespace
 }  // namespace pico_fast
 
-STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) {
-  m.impl("sample_keys", TORCH_BOX(&pico_fast::sample_keys));
-}
+STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) { m.impl("sample_keys", TORCH_BOX(&pico_fast::sample_keys)); }

@@ -61,8 +61,7 @@ void draw(uint32_t seed, uint32_t row, Counts counts, int64_t size, std::vector<
 
 // x and y are of different types where one of them is the anchor.
 template <typename S, typename X, typename Y>
-PICO_FAST_INLINE inline void measure(const X* x, const Y* y, const S* anchor, int64_t D,
-                                     Mix<S>& mix) {
+PICO_FAST_INLINE inline void measure(const X* x, const Y* y, const S* anchor, int64_t D, Mix<S>& mix) {
   const S share = mix.share, rest = 1 - mix.share;
   S xx = 0, yy = 0, mm = 0, product = 0;
 #pragma omp simd reduction(+ : xx, yy, mm, product)
@@ -77,8 +76,7 @@ PICO_FAST_INLINE inline void measure(const X* x, const Y* y, const S* anchor, in
   mix.norm = std::max(std::sqrt(mm), static_cast<S>(kShortestNorm));
   mix.product = product / mix.norm;
   const S longer = std::sqrt(std::max(xx, yy));
-  if (!(std::sqrt(mm) >
-        std::max(static_cast<S>(kShortestMix) * longer, static_cast<S>(kShortestNorm))))
+  if (!(std::sqrt(mm) > std::max(static_cast<S>(kShortestMix) * longer, static_cast<S>(kShortestNorm))))
     mix.product = -std::numeric_limits<S>::infinity();
 }
 
@@ -158,8 +156,8 @@ std::tuple<Tensor, Tensor> mix_negatives(const Tensor& anchors_, const Tensor& k
                       anchors.size(1) == keys.size(1) && anchors.size(0) == pool_index.size(0),
                   "expected anchors [A, D], keys [K, D] and pool_index [A, pool]");
   const int64_t A = anchors.size(0), D = anchors.size(1), width = pool_index.size(1);
-  STD_TORCH_CHECK(negative_negative >= 0 && negative_negative <= UINT32_MAX &&
-                      negative_anchor >= 0 && negative_anchor <= UINT32_MAX,
+  STD_TORCH_CHECK(negative_negative >= 0 && negative_negative <= UINT32_MAX && negative_anchor >= 0 &&
+                      negative_anchor <= UINT32_MAX,
                   "mixes: expected 0 to 2^32 - 1");
   const int64_t* number = in_place<int64_t>(numbers, {A}, "row");
   const int64_t* picked = checked_index(pool_index, keys.size(0));

@@ -122,9 +122,7 @@ def family(generation: int) -> int:
     return min(max(generation // 10 * 10, 80), 100)
 
 
-def negatives(
-    generation: int, dtype: torch.dtype, channels: int, running: bool, gather: bool
-) -> Launch:
+def negatives(generation: int, dtype: torch.dtype, channels: int, running: bool, gather: bool) -> Launch:
     """Settings of negatives_kernel."""
     row = (family(generation), dtype.itemsize, _width(channels))
     # masks of padded channels cost registers as well

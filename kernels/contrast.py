@@ -215,9 +215,7 @@ def positives_kernel(
             first = start + j * BN
             position = first + tl.arange(0, BN)
             there = position < end
-            k, key_rows = load_tile(
-                keys, None, key_order, first, position, there, key_stride, D, BD
-            )
+            k, key_rows = load_tile(keys, None, key_order, first, position, there, key_stride, D, BD)
             k = k.to(q.dtype)
             s = tl.dot(q, tl.trans(k), input_precision="tf32")
             pair = mine[:, None] & there[None, :]

@@ -150,9 +150,7 @@ def walk_kernel(
             first = start + j * BN
             position = first + tl.arange(0, BN)
             there = position < end
-            k, key_rows = load_tile(
-                keys, key_blocks, key_order, first, position, there, key_stride, D, BD
-            )
+            k, key_rows = load_tile(keys, key_blocks, key_order, first, position, there, key_stride, D, BD)
             s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32")
             own = (position[None, :] >= own_begin[:, None]) & (position[None, :] < own_end[:, None])
             pair = there[None, :] & takes_part[:, None]

@@ -255,9 +255,7 @@ def attach(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {checks.describe(model)}")
     if isinstance(model, WRAPPERS) or "_orig_mod" in model._modules:
-        raise TypeError(
-            f"model: expected one not yet wrapped or compiled, got a {type(model).__name__}"
-        )
+        raise TypeError(f"model: expected one not yet wrapped or compiled, got a {type(model).__name__}")
     if isinstance(getattr(model, NAME, None), Tap):
         raise ValueError(
             f"model: expected one without a tap, got one at {getattr(model, NAME).path!r};"

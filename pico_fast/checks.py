@@ -16,9 +16,7 @@ def describe(value: object) -> str:
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # named one by one: a quantized dtype is neither floating nor complex, and no number of a class
-INTEGER = tuple(
-    getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)
-)
+INTEGER = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
 def tensor(name: str, value: object, layout: str, kind: str) -> Tensor:
@@ -30,8 +28,7 @@ def tensor(name: str, value: object, layout: str, kind: str) -> Tensor:
         raise TypeError(f"{name}: expected a dense {expected}, got layout {value.layout}")
     if kind == "floating" and value.dtype not in FLOATING:
         raise TypeError(
-            f"{name}: expected a {expected} (float32, bfloat16, float16, float64),"
-            f" got {describe(value)}"
+            f"{name}: expected a {expected} (float32, bfloat16, float16, float64), got {describe(value)}"
         )
     if kind == "integer" and value.dtype not in INTEGER:
         raise TypeError(f"{name}: expected a {expected}, got {describe(value)}")
@@ -67,9 +64,7 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
-def integer(
-    name: str, value: object, minimum: int | None = None, maximum: int | None = None
-) -> int:
+def integer(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> int:
     """`value` if it is a Python integer in [minimum, maximum]."""
     bounds = f" >= {minimum}" if minimum is not None else ""
     bounds += f" <= {maximum}" if maximum is not None else ""
@@ -137,13 +132,9 @@ def seed(value: object, device: torch.device) -> Tensor:
     """`seed`, a Python integer of 64 bits or a 0-d int64 tensor, as a 0-d int64 tensor on `device`."""
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
-            raise TypeError(
-                f"seed: expected an integer or a 0-d int64 tensor, got {describe(value)}"
-            )
+            raise TypeError(f"seed: expected an integer or a 0-d int64 tensor, got {describe(value)}")
         if value.dim() != 0:
-            raise ValueError(
-                f"seed: expected an integer or a 0-d int64 tensor, got {describe(value)}"
-            )
+            raise ValueError(f"seed: expected an integer or a 0-d int64 tensor, got {describe(value)}")
         if value.device != device:
             raise ValueError(f"seed: expected a tensor on {device}, got {describe(value)}")
         return value
@@ -157,6 +148,5 @@ def classes(num_classes: object, ignore_index: object) -> None:
     integer("ignore_index", ignore_index)
     if 0 <= ignore_index < num_classes:
         raise ValueError(
-            f"ignore_index: expected a value outside the classes 0 to {num_classes - 1},"
-            f" got {ignore_index}"
+            f"ignore_index: expected a value outside the classes 0 to {num_classes - 1}, got {ignore_index}"
         )

@@ -49,9 +49,7 @@ def finite_anchors(
 
     Their loss and gradient are nan, which shows and reaches no other anchor; in batch they are no keys.
     """
-    labels = torch.ops.pico_fast.labels_of_finite.default(
-        "anchors", anchors.detach(), anchor_labels, False
-    )
+    labels = torch.ops.pico_fast.labels_of_finite.default("anchors", anchors.detach(), anchor_labels, False)
     return labels, labels != anchor_labels
 
 

@@ -38,17 +38,13 @@ def to_grid(
     return x
 
 
-def _on_grid(
-    labels: Tensor, height: int, width: int, num_classes: int, ignore_index: int
-) -> Tensor:
+def _on_grid(labels: Tensor, height: int, width: int, num_classes: int, ignore_index: int) -> Tensor:
     labels = to_grid(labels, height, width).long()
     used = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
     return torch.where(used, labels, -1)
 
 
-def _on_grid_cpu(
-    labels: Tensor, height: int, width: int, num_classes: int, ignore_index: int
-) -> Tensor:
+def _on_grid_cpu(labels: Tensor, height: int, width: int, num_classes: int, ignore_index: int) -> Tensor:
     wide = labels.long()
     outside = (wide >= num_classes) & (wide != ignore_index)
     if outside.any():
@@ -84,9 +80,7 @@ def labels_on_grid(
         wide = labels.long()  # torch has few kernels for these
         # what int64 cannot hold is a label beyond all classes, not a negative one
         labels = torch.where(wide < 0, torch.iinfo(torch.int64).max, wide)
-    return torch.ops.pico_fast.labels_on_grid.default(
-        labels, height, width, num_classes, ignore_index
-    )
+    return torch.ops.pico_fast.labels_on_grid.default(labels, height, width, num_classes, ignore_index)
 
 
 def clean_labels(

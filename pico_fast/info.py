@@ -47,9 +47,7 @@ def ops() -> list[str]:
     names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     names = {name for name in names if name.startswith("pico_fast::")}
     return sorted(
-        name
-        for name in names
-        if all(implementation(name, device) != "none" for device in ("CPU", "CUDA"))
+        name for name in names if all(implementation(name, device) != "none" for device in ("CPU", "CUDA"))
     )
 
 
@@ -97,8 +95,7 @@ def report() -> str:
         "",
         "implementations:",
         *(
-            f"  {name:{width}}  CPU: {implementation(name, 'CPU'):21}"
-            f"  CUDA: {implementation(name, 'CUDA')}"
+            f"  {name:{width}}  CPU: {implementation(name, 'CPU'):21}  CUDA: {implementation(name, 'CUDA')}"
             for name in names
         ),
         *(f"  {reason}" for reason in _why_not_compiled(build)),

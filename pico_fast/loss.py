@@ -128,15 +128,11 @@ class PiCoLoss(nn.Module):
         if base_temperature is not None:
             base_temperature = checks.number("base_temperature", base_temperature, above=0.0)
             self.scale = self.temperature / base_temperature
-        selection = check_selection(
-            sampling, positives, num_positives, num_negatives, hard_fraction
-        )
+        selection = check_selection(sampling, positives, num_positives, num_negatives, hard_fraction)
         check_sizes(max_samples, max_views, min_pixels, easy)
         check_synthesis(synthesis)
         checks.floating_dtype("bank_dtype", bank_dtype)
-        self.settings = Settings(
-            selection, self.temperature, synthesis, checks.implementation(impl)
-        )
+        self.settings = Settings(selection, self.temperature, synthesis, checks.implementation(impl))
         self.sizes = (max_samples, max_views, min_pixels)
         self.easy = easy
         # the bank checks what is left
@@ -195,9 +191,7 @@ class PiCoLoss(nn.Module):
         # no two ranks draw alike
         seed = draws.step_seed(common_seed, ranks.rank) if ranks.size > 1 else common_seed
         sample = reference.sample_anchors if self.settings.is_reference else draw_anchors
-        pixel, anchor_labels = sample(
-            labels, predictions, *self.sizes, self.num_classes, seed, self.easy
-        )
+        pixel, anchor_labels = sample(labels, predictions, *self.sizes, self.num_classes, seed, self.easy)
         anchors = gather_pixels(embeddings, pixel)
 
         # on its way between the ranks while the anchors are compared with the bank as it was
@@ -284,8 +278,7 @@ class JointLoss(nn.Module):
         super().__init__()
         if not isinstance(criterion, nn.Module) or not hasattr(criterion, "ignore_index"):
             raise TypeError(
-                "criterion: expected a PiCoLoss or a PixelContrastLoss, got"
-                f" {checks.describe(criterion)}"
+                f"criterion: expected a PiCoLoss or a PixelContrastLoss, got {checks.describe(criterion)}"
             )
         if segmentation_loss is not None and not callable(segmentation_loss):
             raise TypeError(

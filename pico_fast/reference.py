@@ -169,9 +169,45 @@ def select_keys(
     return index[True], index[False], products[True], products[False]
 
 
+def draw_mixes(
+    pool_index: Tensor,  # [A, pool] int64 into keys, -1 behind the last
+    row: Tensor,  # [A] number of each anchor in its draws
+    negative_negative: int,
+    negative_anchor: int,
+    seed,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First and second key of each mix and the first one's share: [A, M] each, one kind after the other.
+
+    The first is -1 where it is the anchor, the second where there is no mix. Picks are places in the pool
+    in the order of key indices, so that a swap of two ranks by rounding changes nothing.
+    """
+    size = (pool_index >= 0).sum(1, keepdim=True)
+    last = torch.iinfo(torch.int64).max
+    in_order = pool_index.masked_fill(pool_index < 0, last).sort(1)[0]
+
+    def member(place: Tensor, exists: Tensor) -> Tensor:
+        found = in_order.gather(1, place.clamp(min=0, max=in_order.shape[1] - 1))
+        return torch.where(exists, found, -1)
+
+    def draw(stream: int, n: int) -> Tensor:
+        return draws.hash32(seed, stream, row[:, None], torch.arange(n, device=row.device))
+
+    first = draws.below(draw(draws.MIX_FIRST, negative_negative), size)
+    second = draws.below(draw(draws.MIX_SECOND, negative_negative), size - 1).clamp(min=0)
+    second = second + (second >= first)
+    of_two = draws.uniform(draw(draws.MIX_SHARE, negative_negative))
+    place = draws.below(draw(draws.MIX_WITH_ANCHOR, negative_anchor), size)
+    of_anchor = draws.uniform(draw(draws.MIX_ANCHOR_SHARE, negative_anchor)) * 0.5
+    return (
+        torch.cat([member(first, size >= 2), torch.full_like(place, -1)], 1),
+        torch.cat([member(second, size >= 2), member(place, size >= 1)], 1),
+        torch.cat([of_two, of_anchor], 1),
+    )
+
+
 def synthesise(
     anchors: Tensor,  # [A, D]
-    keys: Tensor,  # [K, D]
+    keys: Tensor,  # [K, D], K >= 1
     pool_index: Tensor,  # [A, pool] most similar selected negatives, -1 behind the last
     row: Tensor,  # [A] number of each anchor in its draws
     negative_negative: int,
@@ -182,38 +218,17 @@ def synthesise(
 
     negative-negative: unit(g n_a + (1 - g) n_b), g ~ U(0, 1), two different ones of the pool;
     negative-anchor: unit(alpha a + (1 - alpha) n), alpha ~ U(0, 0.5). After MoCHi (Kalantidis et al.,
-    2020): PiCo's own formulas were never published as code. Picks are places in the pool in the order
-    of key indices, so that a swap of two ranks by rounding changes nothing.
+    2020): PiCo's own formulas were never published as code.
     """
-    keys = keys.detach()
     anchors, _ = _precise(anchors.detach(), keys[:0])
-    size = (pool_index >= 0).sum(1, keepdim=True)
-    in_order = pool_index.masked_fill(pool_index < 0, torch.iinfo(torch.int64).max).sort(1)[0]
-    in_order = in_order.masked_fill(in_order >= len(keys), 0)
-    row = row[:, None]
-
-    def member(place: Tensor) -> Tensor:
-        return keys[in_order.gather(1, place.clamp(max=in_order.shape[1] - 1))].to(anchors.dtype)
-
-    def mix(share: Tensor, x: Tensor, y: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-        share = share.to(x.dtype)[..., None]
-        mixed = share * x + (1 - share) * y
-        shortest = SHORTEST_MIX * torch.maximum(x.norm(dim=-1), y.norm(dim=-1))
-        exists = exists & (mixed.norm(dim=-1) > shortest.clamp(min=SHORTEST_NORM))
-        return normalize(mixed, dim=-1), exists
-
-    draw = torch.arange(negative_negative, device=keys.device)
-    first = draws.below(draws.hash32(seed, draws.MIX_FIRST, row, draw), size)
-    second = draws.below(draws.hash32(seed, draws.MIX_SECOND, row, draw), size - 1).clamp(min=0)
-    second = second + (second >= first)
-    share = draws.uniform(draws.hash32(seed, draws.MIX_SHARE, row, draw))
-    of_two = mix(share, member(first), member(second), (size >= 2).expand_as(first))
-
-    draw = torch.arange(negative_anchor, device=keys.device)
-    place = draws.below(draws.hash32(seed, draws.MIX_WITH_ANCHOR, row, draw), size)
-    share = draws.uniform(draws.hash32(seed, draws.MIX_ANCHOR_SHARE, row, draw)) * 0.5
-    of_anchor = mix(share, anchors[:, None], member(place), (size >= 1).expand_as(place))
-    return torch.cat([of_two[0], of_anchor[0]], 1), torch.cat([of_two[1], of_anchor[1]], 1)
+    first, second, share = draw_mixes(pool_index, row, negative_negative, negative_anchor, seed)
+    x, y = (keys.detach()[place.clamp(min=0)].to(anchors.dtype) for place in (first, second))
+    x = torch.where(first.unsqueeze(2) < 0, anchors.unsqueeze(1), x)
+    share = share.to(x.dtype).unsqueeze(2)
+    mixed = share * x + (1 - share) * y
+    shortest = SHORTEST_MIX * torch.maximum(x.norm(dim=-1), y.norm(dim=-1))
+    exists = (second >= 0) & (mixed.norm(dim=-1) > shortest.clamp(min=SHORTEST_NORM))
+    return normalize(mixed, dim=-1), exists
 
 
 def contrast(

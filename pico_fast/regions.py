@@ -19,8 +19,7 @@ torch.library.define(
 )
 torch.library.define(
     "pico_fast::region_pool_backward",
-    "(Tensor grad_means, Tensor labels, Tensor counts, ScalarType dtype, bool channels_last)"
-    " -> Tensor",
+    "(Tensor grad_means, Tensor labels, Tensor counts, ScalarType dtype, bool channels_last) -> Tensor",
 )
 
 
@@ -94,9 +93,7 @@ def pool_backward_torch(
 
 
 torch.library.impl("pico_fast::region_pool", "CompositeExplicitAutograd", pool_torch)
-torch.library.impl(
-    "pico_fast::region_pool_backward", "CompositeExplicitAutograd", pool_backward_torch
-)
+torch.library.impl("pico_fast::region_pool_backward", "CompositeExplicitAutograd", pool_backward_torch)
 
 
 @torch.library.register_fake("pico_fast::region_pool")
@@ -150,9 +147,7 @@ def _second(ctx, grad):
     return means, None, None, None, None
 
 
-torch.library.register_autograd(
-    "pico_fast::region_pool_backward", _second, setup_context=_setup_second
-)
+torch.library.register_autograd("pico_fast::region_pool_backward", _second, setup_context=_setup_second)
 
 
 def pool_regions(

@@ -22,9 +22,7 @@ def _figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "pico_fast.visualize draws with matplotlib: pip install matplotlib"
-        ) from error
+        raise ImportError("pico_fast.visualize draws with matplotlib: pip install matplotlib") from error
     return Figure((width, height), layout="constrained")
 
 
@@ -50,9 +48,7 @@ def project(
     checks.tensor("rows", rows, "[N, D]", "floating")
     checks.choice("method", method, METHODS)
     if rows.shape[0] < 2 or rows.shape[1] < 2:
-        raise ValueError(
-            f"rows: expected two rows and channels or more, got {checks.describe(rows)}"
-        )
+        raise ValueError(f"rows: expected two rows and channels or more, got {checks.describe(rows)}")
     rows = rows.detach().float().cpu()
     if method == "pca":
         centred = rows - rows.mean(0)
@@ -270,16 +266,12 @@ def hardest_negatives(
         axes.imshow(shown[b, :, top : top + crop, left : left + crop].movedim(0, 2).numpy())
         axes.plot(centre[1] - left, centre[0] - top, "+", color="white", markersize=10)
         name = _named(class_names, int(labels[b, y, x]))
-        axes.set_title(
-            name if (b, y, x) == tuple(pixel) else f"{name}\n{value:.2f}", fontsize="small"
-        )
+        axes.set_title(name if (b, y, x) == tuple(pixel) else f"{name}\n{value:.2f}", fontsize="small")
         axes.set_axis_off()
     return figure, torch.tensor([place[:3] for place in found], dtype=torch.int64).view(-1, 3)
 
 
-def log_stats(
-    writer: object, criterion: object, step: int | None = None, prefix: str = "pico"
-) -> None:
+def log_stats(writer: object, criterion: object, step: int | None = None, prefix: str = "pico") -> None:
     """Write a criterion's stats of the last step as scalars; this waits for the device.
 
     Args:

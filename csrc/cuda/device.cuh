@@ -47,8 +47,7 @@ inline cudaStream_t current_stream(int device) {
 // The most bytes of shared memory that a block can ask for.
 inline int shared_limit(int device) {
   int bytes = 0;
-  PICO_FAST_CUDA_CHECK(
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  PICO_FAST_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return bytes;
 }
 
@@ -59,8 +58,7 @@ void launch(void (*kernel)(Parameters...), int device, int64_t blocks, int threa
   if (blocks == 0) return;
   STD_TORCH_CHECK(blocks <= INT32_MAX, "too large for one launch: ", blocks, " blocks");
   if (shared > 48 * 1024) {  // more than this only on request
-    PICO_FAST_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    PICO_FAST_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   }
   kernel<<<blocks, threads, shared, current_stream(device)>>>(arguments...);
   PICO_FAST_CUDA_CHECK(cudaGetLastError());
@@ -76,8 +74,7 @@ __device__ inline void* shared_memory() {
 // bytes around them is fetched as far as the L2 cache: the next copies of this row will want it.
 __device__ inline void copy_async(void* to, const void* from) {
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared), "l"(from)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
 }
 
 // Closes a group of copies of this thread.

@@ -31,14 +31,13 @@ struct Sizes {
   int64_t B, D, P, C;
   int64_t stretch, stretches;  // pixels of a block, and how many such stretches an image has
   int64_t groups;              // of channels, one to a block
-  int64_t classes, ranges;  // classes that a block has room for, and how many such ranges there are
+  int64_t classes, ranges;     // classes that a block has room for, and how many such ranges there are
 };
 
 // Labels [B, P] as the kernels read them.
 inline Tensor dense_labels(const Tensor& labels) {
   const Tensor dense = torch::stable::contiguous(labels);
-  return labels.scalar_type() == ScalarType::Long ? dense
-                                                  : torch::stable::to(dense, ScalarType::Long);
+  return labels.scalar_type() == ScalarType::Long ? dense : torch::stable::to(dense, ScalarType::Long);
 }
 
 }  // namespace pico_fast

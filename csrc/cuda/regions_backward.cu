@@ -15,15 +15,14 @@ namespace {
 // behind the last class nothing, for pixels left out: table [classes + 1, kPitch].
 template <int kChannels, int kPitch, typename T>
 __device__ void fill_table(T* table, const Sum<T>* __restrict__ grad_means,
-                           const int64_t* __restrict__ counts, int64_t b, int64_t low,
-                           int64_t first, int classes, const Sizes& n) {
+                           const int64_t* __restrict__ counts, int64_t b, int64_t low, int64_t first,
+                           int classes, const Sizes& n) {
   for (int i = threadIdx.x; i < (classes + 1) * kChannels; i += kThreads) {
     const int c = i / kChannels, k = i % kChannels;
     Sum<T> share = 0;
     if (c < classes && first + k < n.D) {
       const int64_t region = b * n.C + low + c;
-      share = grad_means[region * n.D + first + k] /
-              static_cast<Sum<T>>(max(counts[region], int64_t{1}));
+      share = grad_means[region * n.D + first + k] / static_cast<Sum<T>>(max(counts[region], int64_t{1}));
     }
     table[c * kPitch + k] = static_cast<T>(share);
   }
@@ -128,11 +127,10 @@ void spread(Kernel kernel, const Tensor& grad_means, const Tensor& labels, const
   // many pixels next to the classes of the table
   n.stretch = std::max<int64_t>(Shape::kPixels, divide_up(8 * n.classes, kThreads) * kThreads);
   n.stretches = divide_up(n.P, n.stretch);
-  launch(kernel, device, n.B * n.stretches * n.ranges * n.groups, kThreads,
-         (n.classes + 1) * per_class, static_cast<const Sum<T>*>(grad_means.const_data_ptr()),
+  launch(kernel, device, n.B * n.stretches * n.ranges * n.groups, kThreads, (n.classes + 1) * per_class,
+         static_cast<const Sum<T>*>(grad_means.const_data_ptr()),
          static_cast<const int64_t*>(labels.const_data_ptr()),
-         static_cast<const int64_t*>(counts.const_data_ptr()),
-         static_cast<T*>(grad.mutable_data_ptr()), n);
+         static_cast<const int64_t*>(counts.const_data_ptr()), static_cast<T*>(grad.mutable_data_ptr()), n);
 }
 
 // grad_means [B, C, D], labels [B, H, W], counts [B, C] -> gradient of the features [B, D, H, W]
@@ -143,9 +141,9 @@ Tensor region_pool_backward(const Tensor& grad_means, const Tensor& labels, cons
   Sizes n{};
   n.B = grad_means.size(0), n.C = grad_means.size(1), n.D = grad_means.size(2);
   n.P = labels.size(1) * labels.size(2);
-  Tensor grad = torch::stable::empty(
-      {n.B, n.D, labels.size(1), labels.size(2)}, dtype, std::nullopt, grad_means.device(),
-      std::nullopt, pixels ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor grad = torch::stable::empty({n.B, n.D, labels.size(1), labels.size(2)}, dtype, std::nullopt,
+                                     grad_means.device(), std::nullopt,
+                                     pixels ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   const Tensor dense_means = torch::stable::contiguous(grad_means);
   const Tensor dense = dense_labels(labels);
   const Tensor dense_counts = torch::stable::contiguous(counts);
@@ -168,6 +166,4 @@ Tensor region_pool_backward(const Tensor& grad_means, const Tensor& labels, cons
 }  // namespace
 }  // namespace pico_fast
 
-PICO_FAST_GPU_LIBRARY(m) {
-  m.impl("region_pool_backward", TORCH_BOX(&pico_fast::region_pool_backward));
-}
+PICO_FAST_GPU_LIBRARY(m) { m.impl("region_pool_backward", TORCH_BOX(&pico_fast::region_pool_backward)); }

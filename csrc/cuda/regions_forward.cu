@@ -53,8 +53,7 @@ __device__ const T* align_down(const T* at) {
 
 // Starts the copy of a tile of planes, whose values from the `inside`-th on lie outside the image.
 template <typename T>
-__device__ void fetch_planes(Tile<T>& tile, const T* planes, int channels, int64_t P,
-                             int64_t inside) {
+__device__ void fetch_planes(Tile<T>& tile, const T* planes, int channels, int64_t P, int64_t inside) {
   constexpr int kVectors = Tile<T>::kVectors, kRows = kWarp / kVectors;
   const int row = threadIdx.x / kVectors, v = threadIdx.x % kVectors;
   if (v * Vector<T>::kSize >= inside) return;
@@ -67,8 +66,7 @@ __device__ void fetch_planes(Tile<T>& tile, const T* planes, int channels, int64
 
 // The same of skewed planes, in whole vectors, the first of which starts before the tile.
 template <typename T>
-__device__ void fetch_skewed_planes(Tile<T>& tile, const T* planes, const T* end, int channels,
-                                    int64_t P) {
+__device__ void fetch_skewed_planes(Tile<T>& tile, const T* planes, const T* end, int channels, int64_t P) {
   constexpr int kVectors = Tile<T>::kVectors + 1;
   for (int i = threadIdx.x; i < channels * kVectors; i += kWarp) {
     const int row = i / kVectors, v = i % kVectors;
@@ -306,8 +304,8 @@ void pool(const Tensor& features, const Tensor& labels, Tensor& means, Tensor& c
   launch(pool_kernel<T, kOrder>, device, n.B * n.stretches * n.ranges * n.groups, kWarp,
          desk + (n.classes + 1) * per_class, static_cast<const T*>(features.const_data_ptr()),
          static_cast<const int64_t*>(labels.const_data_ptr()), sums, size, n);
-  launch(means_kernel<Sum<T>>, device, divide_up(n.B * n.C * std::max<int64_t>(n.D, 1), kThreads),
-         kThreads, 0, sums, size, static_cast<Sum<T>*>(means.mutable_data_ptr()),
+  launch(means_kernel<Sum<T>>, device, divide_up(n.B * n.C * std::max<int64_t>(n.D, 1), kThreads), kThreads,
+         0, sums, size, static_cast<Sum<T>*>(means.mutable_data_ptr()),
          static_cast<int64_t*>(counts.mutable_data_ptr()), n);
 }
 
@@ -331,8 +329,7 @@ std::tuple<Tensor, Tensor> region_pool(const Tensor& features, const Tensor& lab
   // sums are few next to its pixels; it is whole tiles of every type, and all of an image are alike
   const int64_t fair = std::clamp<int64_t>(n.B * n.groups * n.P / 4096, 1024, 4096);
   const int64_t parts = divide_up(n.P, std::max(fair, 16 * C));
-  n.stretch =
-      std::max<int64_t>(divide_up(divide_up(n.P, std::max<int64_t>(parts, 1)), 64) * 64, 64);
+  n.stretch = std::max<int64_t>(divide_up(divide_up(n.P, std::max<int64_t>(parts, 1)), 64) * 64, 64);
   n.stretches = divide_up(n.P, n.stretch);
   with_feature_type(type, [&](auto value) {
     using T = decltype(value);

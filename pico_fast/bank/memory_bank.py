@@ -206,9 +206,7 @@ class MemoryBank(nn.Module):
                 f" {ranks}; make it after torch.distributed.init_process_group"
             )
         if self.max_images is not None and images > self.max_images:
-            raise ValueError(
-                f"labels: expected at most max_images = {self.max_images}, got {images}"
-            )
+            raise ValueError(f"labels: expected at most max_images = {self.max_images}, got {images}")
 
     @torch.no_grad()
     def write(
@@ -321,14 +319,10 @@ class MemoryBank(nn.Module):
             own = pad(whole.transpose(0, 1), (0, 0, 0, 0, 0, share - whole.shape[1]))
             whole = self.ranks.gather(own)[: self.slots].transpose(0, 1)
         sizes = (pixel_queue_size, region_queue_size)
-        parts = [
-            state.newest(whole, ring, size) for ring, size in zip(self._rings(), sizes, strict=True)
-        ]
+        parts = [state.newest(whole, ring, size) for ring, size in zip(self._rings(), sizes, strict=True)]
         self.pixel_queue_size, self.region_queue_size = sizes
         self.slots = sum(sizes)
-        self.first_slot, self.last_slot = (
-            self.ranks.share(self.slots) if self.sharded else (0, self.slots)
-        )
+        self.first_slot, self.last_slot = self.ranks.share(self.slots) if self.sharded else (0, self.slots)
         whole = torch.cat([slots for slots, _, _ in parts], 1)
         self.storage = whole[:, self.first_slot : self.last_slot].clone()
         (_, self.pixel_count, self.pixel_next), (_, self.region_count, self.region_next) = parts

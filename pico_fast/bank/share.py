@@ -11,9 +11,7 @@ class Share(NamedTuple):
     """What a rank holds of a bank: all of it, or of every class the slots `first` to `last`."""
 
     keys: Tensor  # [C·(last - first), D]
-    ranges: (
-        Tensor  # [C, 2, 2] int64, where keys in use stand here: first row and length, of each queue
-    )
+    ranges: Tensor  # [C, 2, 2] int64, where keys in use stand here: first row and length, of each queue
     all_ranges: Tensor  # [C, 2, 2] int64, where they stand in the whole bank
     slots: int  # of a class in the whole bank
     first: int

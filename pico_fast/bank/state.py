@@ -21,9 +21,7 @@ class Ring(NamedTuple):
     next_slot: Tensor  # [C] int64, slot of the ring that is written next
 
 
-def header(
-    pixel_queue_size: int, region_queue_size: int, device: torch.device
-) -> dict[str, Tensor]:
+def header(pixel_queue_size: int, region_queue_size: int, device: torch.device) -> dict[str, Tensor]:
     """What a state says of itself, as tensors: wrappers of checkpoints keep nothing else."""
     sizes = torch.tensor([pixel_queue_size, region_queue_size], device=device)
     return {"version": torch.tensor(VERSION, device=device), "queue_sizes": sizes}
@@ -50,9 +48,7 @@ def errors(
 
 
 def _header_errors(found: dict[str, object], pixels: int, regions: int) -> Iterator[str]:
-    version, sizes = (
-        x.tolist() if _known(x) else x for x in (found["version"], found["queue_sizes"])
-    )
+    version, sizes = (x.tolist() if _known(x) else x for x in (found["version"], found["queue_sizes"]))
     if version != VERSION and not isinstance(version, Tensor):
         yield f"version: expected {VERSION}, got {version!r}: a later pico_fast wrote this state"
     elif sizes != [pixels, regions] and not isinstance(sizes, Tensor):

@@ -1,16 +1,18 @@
 """Sums over negatives and positives on a CPU, tile by tile of the keys; see `selection.cpu` for tiles.
 
-One tile of keys feeds both of its products. Without bounds these are dense; within bounds few pairs of a
-tile count, and C++ reads the keys of those alone.
+One tile of keys feeds both of its products. Where every key counts these are dense; where a cut lets few
+pairs of a tile count, C++ reads the keys of those alone.
 """
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from pico_fast.contrast.weights import Negatives, Positives
 from pico_fast.selection.cpu import FEW, Pairs, counted, own_columns, pairs_of, tiles
-from pico_fast.selection.layout import Bounds
+from pico_fast.selection.layout import Cut, Layout
 
 # sums of exp(s) without a shift are trusted in this range of log(sum); outside, the running maximum
 _TRUSTED_LOG = 69.0
@@ -109,102 +111,75 @@ def _all_negatives(
 
 def _few_negatives(
     pairs: Pairs,
-    bounds: Bounds,
+    cut: Cut,
     temperature: float,
     want_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """lse [n], mean [n, D] and away [n] where few pairs count: key by key."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lse, mean, away and how many lie below the ceiling [n], where few pairs count: key by key."""
     total, away = (pairs.queries.new_zeros(len(pairs.queries)) for _ in range(2))
-    top = torch.full_like(total, -math.inf)
+    top, below = torch.full_like(total, -math.inf), pairs.key.new_zeros(len(total))
     mean = torch.zeros_like(pairs.queries) if want_mean else None
-    for tile in counted(pairs, False, bounds):
-        keys = (tile.keys, tile.which)
-        _ops.add_negatives(tile.similarity, *keys, temperature, top, total, away, mean)
+    for tile, found in counted(pairs, False, cut):
+        rows, keys = tile.rows, (tile.keys, tile.which)
+        below[rows] = found
+        sums = (*(x[rows] for x in (top, total, away)), None if mean is None else mean[rows])
+        _ops.add_negatives(tile.similarity, *keys, temperature, *sums)
     if want_mean:
         mean /= total.clamp(min=torch.finfo(total.dtype).tiny)[:, None]
-    return total.log() + top / temperature, mean, away
+    return total.log() + top / temperature, mean, away, below
 
 
-def negatives(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
-    ceiling: Tensor | None,  # [A]
-    threshold: Tensor | None,  # [A]
-    ties: Tensor | None,  # [A] int64
-    temperature: float,
-    want_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `negatives`: log-sum [A], softmax mean [A, D] or [0], sum of similarities [A]."""
-    pairs = pairs_of(anchors, anchor_class, keys, key_order, ranges, own_key)
-    if threshold is None and len(pairs.queries) > FEW:
-        found = _all_negatives(pairs, temperature, want_mean)
+def negatives(layout: Layout, cut: Cut, temperature: float, want_mean: bool) -> Negatives:
+    """The op `negatives`."""
+    pairs = pairs_of(layout)
+    below = pairs.key.new_zeros(0)
+    if cut.is_none and len(pairs.queries) > FEW:
+        lse, mean, away = _all_negatives(pairs, temperature, want_mean)
     else:
-        bounds = Bounds(ceiling, threshold, ties)
-        found = _few_negatives(pairs, bounds, temperature, want_mean)
-    n = len(pairs.queries)
-    lse, away = (pairs.queries.new_full(anchor_class.shape, x) for x in (-math.inf, 0.0))
-    lse[:n], away[:n] = found[0], found[2]
-    mean = pairs.queries.new_zeros(anchors.shape if want_mean else 0)
-    if want_mean:
-        mean[:n] = found[1]
-    return lse, mean, away
+        lse, mean, away, below = _few_negatives(pairs, cut, temperature, want_mean)
+    empty = layout.anchors.shape[0] - len(lse)  # slots, which stand last
+    lse, away = pad(lse, (0, empty), value=-math.inf), pad(away, (0, empty))
+    mean = pad(mean, (0, 0, 0, empty)) if want_mean else lse.new_zeros(0)
+    below = below[:0] if cut.ceiling is None else pad(below, (0, empty))
+    return Negatives(lse, mean, away, below)
 
 
 def positives(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
-    ceiling: Tensor | None,  # [A]
-    threshold: Tensor | None,  # [A]
-    ties: Tensor | None,  # [A] int64
+    layout: Layout,
+    cut: Cut,
     lse: Tensor,  # [A]
     temperature: float,
     want_pull: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op `positives`: sums of losses, of weights and of similarities [A], and pull [A, D] or [0]."""
-    pairs = pairs_of(anchors, anchor_class, keys, key_order, ranges, own_key)
-    sums = [pairs.queries.new_zeros(anchor_class.shape) for _ in range(3)]
-    pull = pairs.queries.new_zeros(anchors.shape if want_pull else 0)
+) -> Positives:
+    """The op `positives`."""
+    pairs = pairs_of(layout)
+    sums = [pairs.queries.new_zeros(layout.anchor_class.shape) for _ in range(3)]
+    pull = pairs.queries.new_zeros(layout.anchors.shape if want_pull else 0)
     lse = lse.to(pull.dtype).contiguous()
-    for tile in counted(pairs, True, Bounds(ceiling, threshold, ties)):
+    for tile, _ in counted(pairs, True, cut):
         keys, rows = (tile.keys, tile.which), tile.rows
         out = (*(x[rows] for x in sums), pull[rows] if want_pull else None)
         _ops.add_positives(tile.similarity, *keys, lse[rows], temperature, *out)
-    return *sums, pull
+    return Positives(*sums, pull)
 
 
 def keys_grad(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
+    layout: Layout,
+    cut: Cut,
     own: bool,
-    ceiling: Tensor | None,  # [A]
-    threshold: Tensor | None,  # [A]
-    ties: Tensor | None,  # [A] int64
     lse: Tensor,  # [A]
     factor: Tensor,  # [A]
     temperature: float,
 ) -> Tensor:
     """The op `keys_grad`: gradient of the keys [K, D] on one side, rows that nobody meets 0."""
-    pairs = pairs_of(anchors, anchor_class, keys, key_order, ranges, own_key)
-    out = pairs.queries.new_zeros(keys.shape)
+    pairs = pairs_of(layout)
+    out = pairs.queries.new_zeros(layout.keys.shape)
     # without a negative there is nothing to share out
     offset = (lse if own else torch.where(lse == -math.inf, math.inf, lse)).to(out.dtype)
     factor = factor.to(out.dtype)
-    for tile in counted(pairs, own, Bounds(ceiling, threshold, ties)):
+    for tile, _ in counted(pairs, own, cut):
         w, rows = tile.similarity.div_(temperature).sub_(offset[tile.rows, None]), tile.rows
         # a weight is at most 1, however Z is rounded
         w = w.neg_().sigmoid_().neg_() if own else w.clamp_(max=0.0).exp_()
-        # every key is in one tile
-        out[tile.where] = w.mul_(factor[rows, None]).T @ pairs.queries[rows]
+        out[tile.where] += w.mul_(factor[rows, None]).T @ pairs.queries[rows]
     return out

@@ -7,71 +7,43 @@ from torch import Tensor
 
 from pico_fast.contrast.weights import Negatives, Positives, merge, pull_weights, push_weights
 from pico_fast.selection.eager import positions, within
-from pico_fast.selection.layout import Bounds
+from pico_fast.selection.layout import Cut, Layout
 
 
-def _of(bounds: Bounds, rows: slice) -> Bounds:
-    """The bounds of a block of anchors."""
-    return Bounds(*(x if x is None else x[rows] for x in bounds))
-
-
-def negatives(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
-    ceiling: Tensor | None,  # [A]
-    threshold: Tensor | None,  # [A]
-    ties: Tensor | None,  # [A] int64
-    temperature: float,
-    want_mean: bool,
-) -> Negatives:
+def negatives(layout: Layout, cut: Cut, temperature: float, want_mean: bool) -> Negatives:
     """The op `negatives`."""
-    work = positions(anchors, anchor_class, keys, key_order, ranges, own_key)
-    bounds = Bounds(ceiling, threshold, ties)
+    work, empty = positions(layout), (layout.anchor_class < 0).unsqueeze(1)
     lse = torch.full_like(work.queries[:, 0], -math.inf)
     away = torch.zeros_like(lse)
     mean = torch.zeros_like(work.queries) if want_mean else lse.new_zeros(0)
-    empty = (anchor_class < 0).unsqueeze(1)
-    for rows, first, last in work.chunks(threshold is not None):
+    found = torch.zeros_like(layout.anchor_class)
+    for rows, first, last in work.chunks(not cut.is_none):
         s = work.similarity(rows, first, last)
-        mask = work.candidates(rows, first, last, False)
-        mask = within(mask, s, _of(bounds, rows), False)
+        mask, m = within(work.candidates(rows, first, last, False), s, cut.of(rows), False)
         part, p = push_weights(s, mask, temperature)
         part_mean = work.weighted(p, first, last) if want_mean else mean
         away[rows] += s.masked_fill_(~mask, 0.0).sum(1)
+        found[rows] += m
         lse[rows], merged = merge(lse[rows], mean[rows] if want_mean else mean, part, part_mean)
         if want_mean:
             mean[rows] = merged.masked_fill_(empty[rows], 0.0)  # 0 x a key of nan is nan
-    return Negatives(lse, mean, away)
+    return Negatives(lse, mean, away, found.narrow(0, 0, 0) if cut.ceiling is None else found)
 
 
 def positives(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
-    ceiling: Tensor | None,  # [A]
-    threshold: Tensor | None,  # [A]
-    ties: Tensor | None,  # [A] int64
+    layout: Layout,
+    cut: Cut,
     lse: Tensor,  # [A]
     temperature: float,
     want_pull: bool,
 ) -> Positives:
     """The op `positives`."""
-    work = positions(anchors, anchor_class, keys, key_order, ranges, own_key)
-    bounds = Bounds(ceiling, threshold, ties)
+    work, empty = positions(layout), (layout.anchor_class < 0).unsqueeze(1)
     loss, weight, similar = (torch.zeros_like(work.queries[:, 0]) for _ in range(3))
     pull = torch.zeros_like(work.queries) if want_pull else loss.new_zeros(0)
-    empty = (anchor_class < 0).unsqueeze(1)
-    for rows, first, last in work.chunks(threshold is not None):
+    for rows, first, last in work.chunks(not cut.is_none):
         s = work.similarity(rows, first, last)
-        mask = work.candidates(rows, first, last, True)
-        mask = within(mask, s, _of(bounds, rows), True)
+        mask, _ = within(work.candidates(rows, first, last, True), s, cut.of(rows), True)
         losses, w = pull_weights(s, mask, lse[rows], temperature)
         loss[rows] += losses.sum(1)
         weight[rows] += w.sum(1)
@@ -82,28 +54,19 @@ def positives(
 
 
 def keys_grad(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
+    layout: Layout,
+    cut: Cut,
     own: bool,
-    ceiling: Tensor | None,  # [A]
-    threshold: Tensor | None,  # [A]
-    ties: Tensor | None,  # [A] int64
     lse: Tensor,  # [A]
     factor: Tensor,  # [A] what an anchor's weights are multiplied by
     temperature: float,
 ) -> Tensor:
     """The op `keys_grad`: what the anchors add to the gradient of the keys on one side [K, D]."""
-    work = positions(anchors, anchor_class, keys, key_order, ranges, own_key)
-    bounds = Bounds(ceiling, threshold, ties)
-    out = work.queries.new_zeros(keys.shape)
-    for rows, first, last in work.chunks(threshold is not None):
+    work = positions(layout)
+    out = work.queries.new_zeros(layout.keys.shape)
+    for rows, first, last in work.chunks(not cut.is_none):
         s = work.similarity(rows, first, last)
-        mask = work.candidates(rows, first, last, own)
-        mask = within(mask, s, _of(bounds, rows), own)
+        mask, _ = within(work.candidates(rows, first, last, own), s, cut.of(rows), own)
         if own:
             weight = -pull_weights(s, mask, lse[rows], temperature)[1]
         else:

@@ -2,7 +2,7 @@
 
     layout      whose key is whose: anchors class by class, keys as ranges of positions
     sample      some keys of each class, one draw for all anchors         (random, semi_hard, bounded)
-    bounds      for each anchor which of these count                      (semi_hard, bounded)
+    cut         which share of these counts, and below which ceiling      (semi_hard, bounded)
     picks       or lists of the hardest of all keys                       (hardest)
     negatives   log-sum, softmax mean; merged with mixes, and over the shares of a bank
     positives   loss, weight and pull for that log-sum; summed over the shares
@@ -26,7 +26,7 @@ from pico_fast.contrast.picks import Picks
 from pico_fast.contrast.weights import Negatives, Positives, merge
 from pico_fast.selection import layout as layouts
 from pico_fast.selection import ops as choosing
-from pico_fast.selection.layout import Bounds, Layout
+from pico_fast.selection.layout import Cut, Layout
 from pico_fast.selection.options import Selection
 from pico_fast.selection.sample import draw_sample
 
@@ -47,9 +47,10 @@ class Side(NamedTuple):
 
     own: bool
     layout: Layout  # of this rank's anchors, or where the keys stay in shares of all ranks'
-    bounds: Bounds
+    cut: Cut
     picks: Picks | None  # where the keys stay in shares in rank order, else in class order
-    count: Tensor  # [A] int64, how many keys each of this rank's anchors is compared with
+    # [A] int64, how many keys each of this rank's anchors is compared with, or below a ceiling could be
+    count: Tensor
     share: Share | None  # set where the keys stay in shares
 
 
@@ -100,14 +101,13 @@ def choose(
             layout = pulled.layout  # all ranks' anchors are here already
         else:
             layout = shares.everyone(layout, share)
-    side = Side(own, layout, Bounds(), None, available, stays)
-    if selection.has_bounds(own):
+    cut = Cut()
+    if selection.is_cut(own):
         ceiling = mean_similarity(pulled) if selection.strategy(own) == "bounded" else None
-        asked = (own, ceiling, count, selection.hard_fraction)
-        threshold, ties, counted = choosing.bounds(*layout.tensors, *asked)
-        side = side._replace(bounds=Bounds(ceiling, threshold, ties), count=counted)
+        cut = Cut(ceiling, count, selection.hard_fraction)
+    side = Side(own, layout, cut, None, cut.wanted(available), stays)
     if selection.strategy(own) == "hardest":
-        picks = Picks(*choosing.hardest(*layout.tensors, own, None, count, False))
+        picks = Picks(*choosing.hardest(layout, own, None, count, False)[:2])
         side = side._replace(picks=picks, count=available.clamp(max=count))
         if stays is not None:
             picks = Picks(*map(layout.restore, picks))
@@ -119,7 +119,7 @@ def mean_similarity(pulled: Side) -> Tensor:
     """Mean similarity [A] of each anchor with the positives that it is offered; infinite without any."""
     layout = pulled.layout
     nothing = torch.full_like(layout.anchor_class, -math.inf, dtype=layout.dtype)
-    similar = ops.positives(*layout.tensors, *Bounds(), nothing, 1.0, False)[2]
+    similar = ops.positives(layout, Cut(), nothing, 1.0, False).similar
     n = layout.available(True).to(similar.dtype)
     if pulled.share is not None:
         columns = map(layout.restore, (similar, n))
@@ -131,12 +131,13 @@ def pool_of(side: Side, selection: Selection, size: int) -> Picks:
     """The `size` hardest keys that count: [A, size], or fewer columns where fewer were picked."""
     if side.picks is not None:
         return Picks(*(x.narrow(1, 0, min(size, x.shape[1])) for x in side.picks))
-    asked = (side.own, side.bounds.ceiling, size, selection.needed(side.own) is not None)
-    pool = Picks(*choosing.hardest(*side.layout.tensors, *asked))
+    asked = (side.own, side.cut.ceiling, size, selection.needed(side.own) is not None)
+    index, similarity, below = choosing.hardest(side.layout, *asked)
     if side.share is not None:
-        return Picks(*map(side.layout.restore, pool))
-    behind = torch.arange(size, device=pool.index.device) >= side.count.unsqueeze(1)
-    return Picks(pool.index.masked_fill(behind, -1), pool.similarity.masked_fill(behind, 0.0))
+        return Picks(side.layout.restore(index), side.layout.restore(similarity))
+    count = side.count if side.cut.ceiling is None else side.cut.wanted(below)
+    behind = torch.arange(size, device=index.device) >= count.unsqueeze(1)
+    return Picks(index.masked_fill(behind, -1), similarity.masked_fill(behind, 0.0))
 
 
 def mix(side: Side, row: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -156,7 +157,7 @@ def sum_negatives(side: Side, row: Tensor, options: Options) -> Negatives:
     if side.picks is not None:
         found = picks_.negatives(side.picks, layout.keys, *how)
     else:
-        found = Negatives(*ops.negatives(*layout.tensors, *side.bounds, *how))
+        found = ops.negatives(layout, side.cut, *how)
         if side.share is not None:
             found = Negatives(*(layout.restore(x) if x.numel() else x for x in found))
     if options.mixes is not None:
@@ -177,10 +178,10 @@ def sum_positives(
     if side.picks is not None:
         found = picks_.positives(side.picks, layout.keys, lse, *how)
     elif side.share is None:
-        found = ops.positives(*layout.tensors, *side.bounds, lse, *how)
+        found = ops.positives(layout, side.cut, lse, *how)
     else:
         lse = lse.index_select(0, layout.order)
-        found = ops.positives(*layout.tensors, *side.bounds, lse, *how)
+        found = ops.positives(layout, side.cut, lse, *how)
         found = [layout.restore(x) if x.numel() else x for x in found]
     return Positives(*(found if side.share is None else shares.add(side.share.ranks, *found)))
 
@@ -197,6 +198,7 @@ def finish(
     share = torch.where(pulled.count > 0, 1 / n.to(positives.loss.dtype), 0.0)
     pull = share / options.temperature
     push = pull * positives.weight
+    n_pushed = pushed.count if pushed.cut.ceiling is None else pushed.cut.wanted(negatives.below)
     gradient = positives.pull
     if options.want_gradient:
         gradient = push.unsqueeze(1) * negatives.mean - pull.unsqueeze(1) * positives.pull
@@ -204,7 +206,7 @@ def finish(
         positives.loss * share,
         pulled.count > 0,
         positives.similar / n,
-        negatives.away / pushed.count.clamp(min=1),
+        negatives.away / n_pushed.clamp(min=1),
         gradient,
         negatives.lse,
         pull,

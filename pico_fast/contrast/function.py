@@ -17,6 +17,7 @@ from pico_fast.contrast.flow import Side
 from pico_fast.contrast.picks import Picks
 from pico_fast.finite import check_keys, finite_anchors
 from pico_fast.selection.eager import class_of_positions
+from pico_fast.selection.layout import Cut, Layout
 from pico_fast.selection.options import Selection, check_selection
 from pico_fast.selection.synthesis import Synthesis, check_synthesis
 
@@ -56,13 +57,9 @@ class _Common(NamedTuple):
 class _OfSide(NamedTuple):
     """And what each side has of its own."""
 
-    key_order: (
-        Tensor | None
-    )  # [W] int64, with `ranges` those of its sample; None: all keys take part
+    key_order: Tensor | None  # [W] int64, with `ranges` those of its sample; None: all keys take part
     ranges: Tensor | None  # [C, G, 2] int64
-    ceiling: Tensor | None  # [A]
-    threshold: Tensor | None  # [A]
-    ties: Tensor | None  # [A] int64
+    ceiling: Tensor | None  # [A], of its cut
     index: Tensor | None  # [A, n] int64, picks
     similarity: Tensor | None  # [A, n]
     factor: Tensor  # [A] what its weights are multiplied by
@@ -72,7 +69,7 @@ def _of_side(side: Side, selection: Selection, factor: Tensor) -> _OfSide:
     # no tensor twice: a compiler refuses that in the arguments of an autograd Function
     is_sampled = selection.needed(side.own) is not None
     sample = (side.layout.key_order, side.layout.ranges) if is_sampled else (None, None)
-    return _OfSide(*sample, *side.bounds, *(side.picks or (None, None)), factor)
+    return _OfSide(*sample, side.cut.ceiling, *(side.picks or (None, None)), factor)
 
 
 def _keys_grad(
@@ -81,6 +78,7 @@ def _keys_grad(
     side: _OfSide,
     grad_loss: Tensor,  # [A]
     temperature: float,
+    cuts: tuple[tuple[int, float], ...],  # count and fraction, of positives and negatives
     in_batch: bool,
 ) -> Tensor:
     """What one side adds to the gradient of the keys [K, D]."""
@@ -90,17 +88,18 @@ def _keys_grad(
         chosen = Picks(side.index, side.similarity)
         return picks.keys_grad(chosen, common.anchors, common.keys.shape[0], own, *weighted)
     where = (common.key_order, common.ranges) if side.ranges is None else side[:2]
-    layout = (*common[:3], *where, common.order if in_batch else None)
-    return ops.keys_grad(*layout, own, *side[2:5], *weighted)
+    layout = Layout(*common[:3], *where, common.order if in_batch else None)
+    cut = Cut(side.ceiling, *cuts[0 if own else 1])
+    return ops.keys_grad(layout, cut, own, *weighted)
 
 
 class _Loss(torch.autograd.Function):
     """A loss [A] whose gradient is known: grad_i times row i of it, and what `saved` tells of the keys."""
 
     @staticmethod
-    def forward(ctx, anchors, keys, loss, gradient, temperature, in_batch, *saved):
+    def forward(ctx, anchors, keys, loss, gradient, temperature, cuts, in_batch, *saved):
         ctx.save_for_backward(gradient, *saved)
-        ctx.temperature, ctx.in_batch = temperature, in_batch
+        ctx.temperature, ctx.cuts, ctx.in_batch = temperature, cuts, in_batch
         ctx.dtypes = (anchors.dtype, None if keys is None else keys.dtype)
         return loss.clone()
 
@@ -112,8 +111,8 @@ class _Loss(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_anchors = gradient * grad_loss.unsqueeze(1)
         if saved:
-            common, sides = _Common(*saved[:7]), (_OfSide(*saved[7:15]), _OfSide(*saved[15:]))
-            how = (grad_loss, ctx.temperature, ctx.in_batch)
+            common, sides = _Common(*saved[:7]), (_OfSide(*saved[7:13]), _OfSide(*saved[13:]))
+            how = (grad_loss, ctx.temperature, ctx.cuts, ctx.in_batch)
             grad_keys = _keys_grad(True, common, sides[0], *how)
             grad_keys = grad_keys + _keys_grad(False, common, sides[1], *how)
         if ctx.in_batch and saved:
@@ -122,7 +121,7 @@ class _Loss(torch.autograd.Function):
             grad_anchors = grad_anchors.to(ctx.dtypes[0])
         if grad_keys is not None:
             grad_keys = grad_keys.to(ctx.dtypes[1])
-        return grad_anchors, grad_keys, *[None] * (4 + len(saved))
+        return grad_anchors, grad_keys, *[None] * (5 + len(saved))
 
 
 def _by_reference(
@@ -172,9 +171,7 @@ def contrast_rows(
     with torch.no_grad():
         rows = anchors.detach()
         used, spoiled = finite_anchors(rows, anchor_labels)
-        layout = flow.lay_out(
-            rows, used, None if keys is None else keys.detach(), key_labels, share
-        )
+        layout = flow.lay_out(rows, used, None if keys is None else keys.detach(), key_labels, share)
         options = (selection, temperature, mixes, seed, first_row, wants_anchors)
         found, pulled, pushed = flow.contrast(layout, share, flow.Options(*options))
         loss, counted, similar, away = map(layout.restore, found[:4])
@@ -186,7 +183,8 @@ def contrast_rows(
             common = _Common(*layout[:5], layout.order, found.lse)
             sides = ((pulled, found.pull), (pushed, found.push))
             saved = (*common, *(x for s in sides for x in _of_side(s[0], selection, s[1])))
-    loss = _Loss.apply(anchors, keys, loss, gradient, temperature, in_batch, *saved)
+    cuts = tuple((side.cut.count, side.cut.fraction) for side in (pulled, pushed))
+    loss = _Loss.apply(anchors, keys, loss, gradient, temperature, cuts, in_batch, *saved)
     return ContrastRows(loss, counted, similar, away)
 
 

@@ -1,4 +1,4 @@
-"""Contrast without bounds on an NVIDIA GPU: launching `pico_fast.kernels.contrast` and `.merge`."""
+"""Contrast with all keys on an NVIDIA GPU: launching `pico_fast.kernels.contrast` and `.merge`."""
 
 import functools
 import math
@@ -10,26 +10,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pico_fast.contrast.weights import Negatives, Positives
 from pico_fast.kernels import configs, contrast, merge
 from pico_fast.selection import launch as launches
 from pico_fast.selection.eager import class_of_positions
+from pico_fast.selection.layout import Cut, Layout
 
 __all__ = ["keys_grad", "negatives", "positives", "takes"]
 
 
-def takes(
-    anchors: Tensor,
-    keys: Tensor,
-    key_order: Tensor | None,
-    ranges: Tensor,
-    ceiling: Tensor | None,
-    threshold: Tensor | None,
-    ties: Tensor | None,
-    **_,
-) -> bool:
-    """Whether the kernels are for these: without bounds, and what all kernels want."""
-    bounded = not (ceiling is None and threshold is None and ties is None)
-    return not bounded and launches.takes(anchors, keys, key_order, ranges)
+def takes(layout: Layout, cut: Cut, *_) -> bool:
+    """Whether the kernels are for these: all keys count, and what all kernels want."""
+    return cut.is_none and launches.takes(layout)
 
 
 class _Stretch(NamedTuple):
@@ -65,21 +57,9 @@ def _stretches(work: launches.Pass, running: bool) -> list[_Stretch]:
     ]
 
 
-def negatives(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
-    ceiling: None,
-    threshold: None,
-    ties: None,
-    temperature: float,
-    want_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def negatives(layout: Layout, cut: Cut, temperature: float, want_mean: bool) -> Negatives:
     """The op `negatives`: log-sum [A], softmax mean [A, D] and sum of the inner products [A]."""
-    work = launches.make_pass(anchors, anchor_class, keys, key_order, ranges, own_key)
+    work, anchors, keys = launches.make_pass(layout), layout.anchors, layout.keys
     n_anchors, channels = anchors.shape
     fixed = keys.dtype != torch.float16  # which has too few exponents for a fixed shift
     new = functools.partial(torch.empty, device=anchors.device)
@@ -129,25 +109,19 @@ def negatives(
             num_warps=configs.MERGE.num_warps,
             **work.sizes,
         )
-    return lse, new(0) if mean is None else mean, away
+    none = layout.anchor_class.new_empty(0)
+    return Negatives(lse, new(0) if mean is None else mean, away, none)
 
 
 def positives(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
-    ceiling: None,
-    threshold: None,
-    ties: None,
+    layout: Layout,
+    cut: Cut,
     lse: Tensor,  # [A]
     temperature: float,
     want_pull: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Positives:
     """The op `positives`: sums of the loss, of w and of the inner products [A], and of w k [A, D]."""
-    work = launches.make_pass(anchors, anchor_class, keys, key_order, ranges, own_key)
+    work, anchors, keys = launches.make_pass(layout), layout.anchors, layout.keys
     n_anchors, channels = anchors.shape
     launch = configs.positives(keys.dtype, channels)
     # a class is a small part of the keys: no more parts than can be busy
@@ -166,31 +140,25 @@ def positives(
         **work.options(launch),
     )
     pull = parts.new_empty(0) if pull is None else pull.sum(0)
-    return (*parts.sum(1).unbind(0), pull)
+    return Positives(*parts.sum(1).unbind(0), pull)
 
 
 def keys_grad(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
+    layout: Layout,
+    cut: Cut,
     own: bool,
-    ceiling: None,
-    threshold: None,
-    ties: None,
     lse: Tensor,  # [A]
     factor: Tensor,  # [A]
     temperature: float,
 ) -> Tensor:
     """The op `keys_grad`: what one side of the anchors' pairs gives to each key [K, D]."""
-    work = launches.make_pass(anchors, anchor_class, keys, key_order, ranges, own_key)
+    work, anchors, keys = launches.make_pass(layout), layout.anchors, layout.keys
+    ranges = layout.ranges
     n_classes = ranges.shape[0]
     own_begin = own_end = None
     if own:
         classes = torch.arange(n_classes, device=ranges.device)
-        in_order = torch.where(anchor_class < 0, n_classes, anchor_class)
+        in_order = torch.where(layout.anchor_class < 0, n_classes, layout.anchor_class)
         own_begin = torch.searchsorted(in_order, classes)
         own_end = torch.searchsorted(in_order, classes, right=True)
     launch = configs.keys_grad(keys.dtype, anchors.shape[1])

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from pico_fast.contrast.weights import Negatives, Positives, pull_weights, push_weights
-from pico_fast.selection.eager import dense_weights
 from pico_fast.selection.ops import weighted_rows
 
 # dense weights held at a time
@@ -24,7 +23,7 @@ def negatives(picks: Picks, keys: Tensor, temperature: float, want_mean: bool) -
     """What picked negatives add up to."""
     lse, p = push_weights(picks.similarity, picks.index >= 0, temperature)
     mean = weighted_rows(keys, picks.index, p) if want_mean else lse.new_zeros(0)
-    return Negatives(lse, mean, picks.similarity.sum(1))
+    return Negatives(lse, mean, picks.similarity.sum(1), picks.index.new_empty(0))
 
 
 def positives(
@@ -38,6 +37,17 @@ def positives(
     losses, w = pull_weights(picks.similarity, picks.index >= 0, lse, temperature)
     pull = weighted_rows(keys, picks.index, w) if want_pull else lse.new_zeros(0)
     return Positives(losses.sum(1), w.sum(1), picks.similarity.sum(1), pull)
+
+
+def _dense(
+    index: Tensor,  # [n, k] int64, all different in a row, -1 where there is none
+    weight: Tensor,  # [n, k], 0 where there is none
+    num_keys: int,
+) -> Tensor:
+    """The weights as a matrix [n, K], 0 for every key that was not picked."""
+    dense = weight.new_zeros(index.shape[0], num_keys + 1)
+    # only the column that is cut off takes several
+    return dense.scatter_(1, torch.where(index < 0, num_keys, index), weight)[:, :-1]
 
 
 def keys_grad(
@@ -64,5 +74,5 @@ def keys_grad(
     block = max(1, _BLOCK // (num_keys + 1))
     for first in range(0, rows.shape[0], block):
         here = slice(first, first + block)
-        out.addmm_(dense_weights(picks.index[here], weight[here], num_keys).T, rows[here])
+        out.addmm_(_dense(picks.index[here], weight[here], num_keys).T, rows[here])
     return out

@@ -72,8 +72,7 @@ def add(ranks: Ranks, *parts: Tensor) -> list[Tensor]:
     arrived = iter(found)
     out = [next(arrived) if x.numel() else x for x in parts]
     return [
-        x.squeeze(1) if part.dim() == 1 and part.numel() else x
-        for x, part in zip(out, parts, strict=True)
+        x.squeeze(1) if part.dim() == 1 and part.numel() else x for x, part in zip(out, parts, strict=True)
     ]
 
 
@@ -88,7 +87,7 @@ def merge_negatives(ranks: Ranks, found: Negatives) -> Negatives:
     lse = torch.where(total == 0, -math.inf, total.log() + own_rows(ranks, safe))
     if mean.dim() == 2:
         mean = mean / total.clamp(min=1.0).unsqueeze(1)
-    return Negatives(lse, mean, away)
+    return Negatives(lse, mean, away, found.below)
 
 
 def cut(picks: Picks, share: Share, own: bool, size: Tensor) -> Picks:

@@ -14,6 +14,7 @@ class Negatives(NamedTuple):
     lse: Tensor  # [A] log-sum of exp(s / temperature), -inf without any
     mean: Tensor  # [A, D] their softmax mean; [0] where none is wanted
     away: Tensor  # [A] sum of their similarities s
+    below: Tensor  # [A] int64, how many lie below a ceiling; [0] where there is none
 
 
 class Positives(NamedTuple):

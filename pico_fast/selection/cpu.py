@@ -1,4 +1,4 @@
-"""Bounds and the hardest keys on a CPU, tile by tile of the keys; nothing of size anchors x keys is held.
+"""Cuts and the hardest keys on a CPU, tile by tile of the keys; nothing of size anchors x keys is held.
 
 A tile is made of neighbouring keys and the anchors that meet them: all anchors, or those of the class.
 `tiles` makes its similarities for every op, so that calls for the same layout see the same bits.
@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pico_fast.selection.layout import Bounds, product_dtype
+from pico_fast.selection.layout import Cut, Layout
 
-# similarities of one tile, in a size that stays in the caches
-_TILE = 2**20
+# similarities of one tile, in a size that stays in the caches; of one that holds whole rows
+_TILE, _WHOLE = 2**20, 3 * 2**21
 # up to so many anchors keys are multiplied as they lie; for more it pays to take and convert them first
 FEW, _FEW_TILE = 16, 2**16
 
@@ -26,8 +26,8 @@ torch.library.define(
     "(Tensor rows, Tensor keys, Tensor? which, Tensor(a!) products) -> ()",
 )
 torch.library.define(
-    "pico_fast::exclude_outside",
-    "(Tensor(a!) similarity, Tensor? ceiling, Tensor threshold, Tensor(b!) ties, bool own) -> ()",
+    "pico_fast::cut_rows",
+    "(Tensor(a!) similarity, Tensor? ceiling, int count, float fraction, bool own, Tensor(b!) below) -> ()",
 )
 torch.library.define(
     "pico_fast::keep_hardest",
@@ -35,15 +35,10 @@ torch.library.define(
     " Tensor(a!) kept, Tensor(b!) tally) -> ()",
 )
 torch.library.define(
-    "pico_fast::bounds_of_kept",
-    "(Tensor(a!) kept, Tensor tally, Tensor wanted, bool own, Tensor(b!) threshold,"
-    " Tensor(c!) ties) -> ()",
-)
-torch.library.define(
     "pico_fast::list_kept",
     "(Tensor(a!) kept, Tensor tally, bool own, Tensor(b!) index, Tensor(c!) similarity) -> ()",
 )
-for _name in ("multiply_few", "exclude_outside", "keep_hardest", "bounds_of_kept", "list_kept"):
+for _name in ("multiply_few", "cut_rows", "keep_hardest", "list_kept"):
     torch.library.register_fake(f"pico_fast::{_name}")(lambda *_: None)
 _ops = torch.ops.pico_fast
 
@@ -69,18 +64,12 @@ class Tile(NamedTuple):
     which: Tensor | None  # [w] int64, which of these keys; None: all
 
 
-def pairs_of(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
-) -> Pairs:
-    """The pairs of a layout, whose tensors these are."""
+def pairs_of(layout: Layout) -> Pairs:
+    """The pairs of a layout."""
+    anchors, anchor_class, keys, key_order, ranges, own_key = layout.tensors
     n = int((anchor_class >= 0).sum())
     # a copy: products may depend on how their rows lie
-    queries = anchors[:n].to(product_dtype(anchors, keys), copy=True).contiguous()
+    queries = anchors[:n].to(layout.dtype, copy=True).contiguous()
     first, length = ranges.flatten(0, 1).unbind(1)
     used = length.nonzero()[:, 0]  # of labels in any order most ranges are empty
     first, length = first[used], length[used]
@@ -111,69 +100,91 @@ def _where(key: Tensor) -> slice | Tensor:
 
 
 def own_columns(pairs: Pairs, tile: Tile) -> Iterator[tuple[slice, slice]]:
-    """Anchors and columns of a tile that are of one class, class by class."""
-    last = tile.first + tile.similarity.shape[1]
+    """Rows and columns of a tile that are of one class, class by class."""
+    last, above = tile.first + tile.similarity.shape[1], tile.rows.start
     at = bisect_right(pairs.own, tile.first, key=itemgetter(2))
     for rows, start, stop in islice(pairs.own, at, None):
         if start >= last:
             return
-        yield rows, slice(max(start - tile.first, 0), stop - tile.first)
+        if rows.stop > above:
+            here = slice(max(rows.start - above, 0), rows.stop - above)
+            yield here, slice(max(start - tile.first, 0), stop - tile.first)
 
 
-def _multiply(pairs: Pairs, rows: slice, first: int, last: int, buffer: Tensor) -> Tile:
-    """A tile of inner products, written into the buffer."""
-    queries, where = pairs.queries[rows], _where(pairs.key[first:last])
-    products = buffer[: len(queries) * (last - first)].view(len(queries), last - first)
-    if len(queries) <= FEW and pairs.keys.dtype != torch.float16:
-        is_slice = isinstance(where, slice)
-        keys, which = (pairs.keys[where], None) if is_slice else (pairs.keys, where)
-        _ops.multiply_few(queries, keys, which, products)
-    else:
-        keys, which = pairs.keys[where].to(queries.dtype), None
-        torch.mm(queries, keys.T, out=products)
-    return Tile(rows, first, where, products, keys, which)
+def _padded(columns: int) -> int:
+    """Columns from one row to the next: a product is far slower where rows begin within a cache line."""
+    return -(-columns // 16) * 16
+
+
+def _steps(pairs: Pairs, own: bool, whole: bool) -> list[tuple[slice, int, int]]:
+    """Rows and columns of the tiles; `whole`: with all columns that an anchor meets."""
+    columns = len(pairs.key)
+    everything = [(slice(0, len(pairs.queries)), 0, columns)] if columns else []
+    steps = []
+    for rows, first, last in pairs.own if own else everything:
+        n = rows.stop - rows.start
+        if whole:
+            blocks = -(-n // max(FEW, _WHOLE // (last - first)))
+            size = -(-n // max(1, blocks))
+            steps += [
+                (slice(at, min(at + size, rows.stop)), first, last)
+                for at in range(rows.start, rows.stop, max(1, size))
+            ]
+        else:
+            size = _FEW_TILE if n <= FEW else min(4096, max(256, _TILE // n))
+            steps += [(rows, at, min(at + size, last)) for at in range(first, last, size)]
+    return steps
 
 
 def tiles(
     pairs: Pairs,
     own: bool,
+    whole: bool = False,
     excluded: float | None = None,
 ) -> Iterator[Tile]:
     """All pairs of one side; the others in a tile are `excluded`: None: of hardness -inf.
 
-    The next tile takes the memory of its similarities.
+    `whole`: a tile holds all columns that its anchors meet. The next tile takes the memory of its
+    similarities.
     """
     excluded = (math.inf if own else -math.inf) if excluded is None else excluded
-    everything = [(slice(0, len(pairs.queries)), 0, len(pairs.key))]
-    steps = []
-    for rows, first, last in pairs.own if own else everything:
-        n = rows.stop - rows.start
-        size = _FEW_TILE if n <= FEW else min(4096, max(256, _TILE // n))
-        steps += [(rows, at, min(at + size, last)) for at in range(first, last, size)]
-    largest = max(((rows.stop - rows.start) * (last - at) for rows, at, last in steps), default=0)
+    steps = _steps(pairs, own, whole)
+    sizes = ((rows.stop - rows.start) * _padded(last - first) for rows, first, last in steps)
+    largest = max(sizes, default=0)
     buffer = pairs.queries.new_empty(largest)
+    columns = where = taken = None
     for rows, first, last in steps:
-        tile = _multiply(pairs, rows, first, last, buffer)
+        queries, which = pairs.queries[rows], None
+        padded = _padded(last - first)
+        products = buffer[: len(queries) * padded].view(len(queries), padded)[:, : last - first]
+        if (first, last) != columns:
+            columns, where, taken = (first, last), _where(pairs.key[first:last]), None
+        if len(queries) <= FEW and pairs.keys.dtype != torch.float16:
+            is_slice = isinstance(where, slice)
+            keys, which = (pairs.keys[where], None) if is_slice else (pairs.keys, where)
+            _ops.multiply_few(queries, keys, which, products)
+        else:
+            taken = pairs.keys[where].to(queries.dtype) if taken is None else taken
+            keys = taken
+            torch.mm(queries, keys.T, out=products)
+        tile = Tile(rows, first, where, products, keys, which)
         if not own:
-            for there, columns in own_columns(pairs, tile):
-                tile.similarity[there, columns] = excluded
+            for there, here in own_columns(pairs, tile):
+                products[there, here] = excluded
         elif pairs.own_key is not None:
             itself = pairs.own_key[rows, None] == pairs.key[first:last]
-            tile.similarity.masked_fill_(itself, excluded)
+            products.masked_fill_(itself, excluded)
         yield tile
 
 
-def counted(pairs: Pairs, own: bool, bounds: Bounds) -> Iterator[Tile]:
-    """The tiles of one side; what lies outside of the bounds is excluded as well."""
-    if bounds.threshold is None:
-        yield from tiles(pairs, own)
-        return
-    ceiling, threshold, ties = bounds
-    ties = ties.clone()  # of each anchor those still to come
-    for tile in tiles(pairs, own):
-        top = None if ceiling is None else ceiling[tile.rows]
-        _ops.exclude_outside(tile.similarity, top, threshold[tile.rows], ties[tile.rows], own)
-        yield tile
+def counted(pairs: Pairs, own: bool, cut: Cut) -> Iterator[tuple[Tile, Tensor]]:
+    """The tiles of one side without what does not count; and how many lie below the ceiling [n]."""
+    for tile in tiles(pairs, own, whole=not cut.is_none):
+        below = pairs.key.new_zeros(len(tile.similarity))
+        if not cut.is_none:
+            ceiling, *share = cut.of(tile.rows)
+            _ops.cut_rows(tile.similarity, ceiling, *share, own, below)
+        yield tile, below
 
 
 def _keep(
@@ -194,7 +205,7 @@ def _keep(
     room = 96 + min(most, count + count // 2 + 256)
     kept = queries.new_empty(len(queries), room * queries.itemsize // 4, dtype=torch.int64)
     tally = torch.zeros(len(queries), 3, dtype=torch.int64)
-    for tile in tiles(pairs, own):
+    for tile in tiles(pairs, own, whole=by_place):  # as the sums see them, where a cut decides
         rows, name, first = tile.rows, None, tile.first
         if not by_place:
             is_slice = isinstance(tile.where, slice)
@@ -205,48 +216,23 @@ def _keep(
     return kept, tally
 
 
-def bounds(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
-    own: bool,
-    ceiling: Tensor | None,  # [A]
-    count: int,
-    fraction: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `bounds`: threshold [A], ties [A] and how many keys of one side count [A]."""
-    pairs = pairs_of(anchors, anchor_class, keys, key_order, ranges, own_key)
-    kept, tally = _keep(pairs, own, ceiling, count, True)
-    n = len(pairs.queries)
-    counts, ties = torch.zeros_like(anchor_class), torch.zeros_like(anchor_class)
-    threshold = pairs.queries.new_full(anchor_class.shape, -math.inf if own else math.inf)
-    counts[:n] = (tally[:, 1].double() * fraction).ceil().clamp(max=count)
-    _ops.bounds_of_kept(kept, tally, counts[:n], own, threshold[:n], ties[:n])
-    return threshold, ties, counts
-
-
 def hardest(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
+    layout: Layout,
     own: bool,
     ceiling: Tensor | None,  # [A]
     count: int,
     by_place: bool,
-) -> tuple[Tensor, Tensor]:
-    """The op `hardest`: keys of one side [A, count], hardest first, and their similarities."""
-    pairs = pairs_of(anchors, anchor_class, keys, key_order, ranges, own_key)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `hardest`: keys of one side [A, count], hardest first; their similarities; their number."""
+    pairs, n_anchors = pairs_of(layout), layout.anchors.shape[0]
+    n = len(pairs.queries)  # behind them stand empty slots
     kept, tally = _keep(pairs, own, ceiling, count, by_place)
-    n = len(pairs.queries)
-    index = anchor_class.new_full((anchor_class.shape[0], count), -1)
+    index = pairs.key.new_full((n_anchors, count), -1)
     similarity = pairs.queries.new_zeros(index.shape)
     _ops.list_kept(kept, tally, own, index[:n], similarity[:n])
     if by_place and len(pairs.key):
         index = torch.where(index < 0, -1, pairs.key[index.clamp(min=0)])
-    return index, similarity
+    below = pairs.key.new_zeros(0 if ceiling is None else n_anchors)
+    if ceiling is not None:
+        below[:n] = tally[:, 1]
+    return index, similarity, below

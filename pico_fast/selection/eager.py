@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from pico_fast import draws, reference
-from pico_fast.selection.layout import Bounds, product_dtype
+from pico_fast.selection.layout import Cut, Layout, product_dtype
 
 # similarities of a block of anchors, or mixed values, held at a time; keys of a product
 _BLOCK, _TILE = 2**24, 2**13
-# a product with a matrix that is mostly 0 beats reading scattered rows up to so many keys a pick
-_DENSE = 64
 
 
 def sample_keys(
@@ -113,19 +111,13 @@ def class_of_positions(
     return torch.where(inside, part // ranges.shape[1], -1)
 
 
-def positions(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
-) -> Positions:
-    """The positions of a layout, whose tensors these are."""
+def positions(layout: Layout) -> Positions:
+    """The positions of a layout."""
+    keys, key_order = layout.keys, layout.key_order
     n = keys.shape[0] if key_order is None else key_order.shape[0]
     key = torch.arange(n, device=keys.device) if key_order is None else key_order.clamp(min=0)
-    queries = anchors.to(product_dtype(anchors, keys))
-    return Positions(queries, anchor_class, keys, key, class_of_positions(ranges, n), own_key)
+    key_class, queries = class_of_positions(layout.ranges, n), layout.anchors.to(layout.dtype)
+    return Positions(queries, layout.anchor_class, keys, key, key_class, layout.own_key)
 
 
 def below(
@@ -140,48 +132,20 @@ def below(
 def within(
     mask: Tensor,  # [n, W] bool, candidates of one side
     similarity: Tensor,  # [n, W]
-    bounds: Bounds,  # of these anchors
+    cut: Cut,
     own: bool,
-) -> Tensor:
-    """The candidates [n, W] that count."""
-    mask = below(mask, similarity, bounds.ceiling)
-    if bounds.threshold is None:
-        return mask
-    threshold = bounds.threshold.unsqueeze(1)
-    equal = mask & (similarity == threshold)
-    equal &= equal.cumsum(1) <= bounds.ties.unsqueeze(1)
-    easier = similarity >= threshold if own else similarity <= threshold
-    return (mask & ~easier) | equal
-
-
-def bounds(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
-    own: bool,
-    ceiling: Tensor | None,  # [A]
-    count: int,
-    fraction: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `bounds`: threshold [A], ties [A] and how many keys of one side count [A]."""
-    work = positions(anchors, anchor_class, keys, key_order, ranges, own_key)
-    threshold = torch.full_like(work.queries[:, 0], -math.inf if own else math.inf)
-    ties, counts = torch.zeros_like(anchor_class), torch.zeros_like(anchor_class)
-    for rows, first, last in work.chunks(True):
-        s = work.similarity(rows, first, last)
-        mask = work.candidates(rows, first, last, own)
-        mask = below(mask, s, None if ceiling is None else ceiling[rows])
-        hardness = -s if own else s
-        n = (mask.sum(1).double() * fraction).ceil().long().clamp(max=count)
-        sorted_ = hardness.masked_fill(~mask, -math.inf).topk(min(count, last - first), dim=1)[0]
-        at = sorted_.gather(1, (n - 1).clamp(min=0).unsqueeze(1))
-        harder = (mask & ~(hardness <= at)).sum(1)
-        threshold[rows] = torch.where(n > 0, -at[:, 0] if own else at[:, 0], threshold[rows])
-        ties[rows], counts[rows] = (n - harder).clamp(min=0), n
-    return threshold, ties, counts
+) -> tuple[Tensor, Tensor]:
+    """The candidates that count [n, W], those at the bound by place; and how many a cut chose from [n]."""
+    mask = below(mask, similarity, cut.ceiling)
+    m = mask.sum(1)
+    if cut.is_none or mask.shape[1] == 0:
+        return mask, m
+    n, hardness = cut.wanted(m).unsqueeze(1), -similarity if own else similarity
+    ranked = hardness.masked_fill(~mask, -math.inf).topk(min(cut.count, mask.shape[1]), dim=1)[0]
+    bound = ranked.gather(1, (n - 1).clamp(min=0))
+    harder, equal = mask & ~(hardness <= bound), mask & (hardness == bound)
+    equal &= equal.cumsum(1) <= n - harder.sum(1, keepdim=True)
+    return (harder | equal) & (n > 0), m
 
 
 def _ranked(
@@ -190,60 +154,37 @@ def _ranked(
     count: int,
 ) -> Tensor:
     """Columns of the `count` hardest of each row, equal ones by lower column, -1 behind: [n, count]."""
-    if hardness.dtype == torch.float64:
-        order = hardness.masked_fill(~mask, -math.inf).argsort(dim=1, descending=True, stable=True)
-        behind = torch.arange(order.shape[1], device=order.device) >= mask.sum(1, keepdim=True)
-        return order.masked_fill(behind, -1)[:, :count]
-    # one word holds hardness and column: its order is total, so the result does not depend on how
-    # topk treats equal values; adding 0 makes -0 and 0 equal
-    bits = (hardness + 0.0).view(torch.int32).long()
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    column = torch.arange(hardness.shape[1], device=bits.device)
-    nowhere = torch.iinfo(torch.int64).min
-    word = torch.where(mask, (bits << 32) | (draws.WORD - column), nowhere).topk(count, dim=1)[0]
-    return torch.where(word == nowhere, -1, draws.WORD - (word & draws.WORD))
+    order = hardness.masked_fill(~mask, -math.inf).argsort(dim=1, descending=True, stable=True)
+    behind = torch.arange(order.shape[1], device=order.device) >= mask.sum(1, keepdim=True)
+    return order.masked_fill(behind, -1)[:, :count]
 
 
 def hardest(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
+    layout: Layout,
     own: bool,
     ceiling: Tensor | None,  # [A]
     count: int,
     by_place: bool,
 ) -> tuple[Tensor, Tensor]:
     """The op `hardest`: keys of one side [A, count], hardest first, and their similarities."""
-    work = positions(anchors, anchor_class, keys, key_order, ranges, own_key)
-    if key_order is not None and not by_place:
-        order = key_order.argsort(stable=True)  # columns by key: equal ones then go by lower key
+    work = positions(layout)
+    if layout.key_order is not None and not by_place:
+        order = layout.key_order.argsort(stable=True)  # columns by key: equal ones then go by lower key
         work = work._replace(key=work.key[order], key_class=work.key_class[order])
-    index = anchor_class.new_full((anchor_class.shape[0], count), -1)
+    index = layout.anchor_class.new_full((layout.anchors.shape[0], count), -1)
     similarity = torch.zeros_like(index, dtype=work.queries.dtype)
+    found = torch.zeros_like(layout.anchor_class)
     for rows, first, last in work.chunks(True):
         s = work.similarity(rows, first, last)
         mask = work.candidates(rows, first, last, own)
         mask = below(mask, s, None if ceiling is None else ceiling[rows])
+        found[rows] += mask.sum(1)
         column = _ranked(-s if own else s, mask, min(count, last - first))
         there, column = column >= 0, column.clamp(min=0)
         width = column.shape[1]
         index[rows, :width] = torch.where(there, work.key[column], -1)
         similarity[rows, :width] = s.gather(1, column).masked_fill_(~there, 0.0)
-    return index, similarity
-
-
-def dense_weights(
-    index: Tensor,  # [n, k] int64, all different in a row, -1 where there is none
-    weight: Tensor,  # [n, k], 0 where there is none
-    num_keys: int,
-) -> Tensor:
-    """The weights as a matrix [n, K], 0 for every key that was not picked."""
-    dense = weight.new_zeros(index.shape[0], num_keys + 1)
-    # only the column that is cut off takes several
-    return dense.scatter_(1, torch.where(index < 0, num_keys, index), weight)[:, :-1]
+    return index, similarity, found.narrow(0, 0, 0) if ceiling is None else found
 
 
 def weighted_rows(
@@ -252,22 +193,13 @@ def weighted_rows(
     weight: Tensor,  # [A, n], 0 where there is none
 ) -> Tensor:
     """The op `weighted_rows`: the indexed keys by weight, summed in its dtype: [A, D]."""
-    n_keys, n = keys.shape[0], index.shape[1]
     out = weight.new_zeros(index.shape[0], keys.shape[1])
-    if n_keys <= _DENSE * n:
-        block = max(1, _BLOCK // (n_keys + 1))
-        for first in range(0, index.shape[0], block):
-            here = slice(first, first + block)
-            dense = dense_weights(index[here], weight[here], n_keys)
-            for start in range(0, n_keys, _TILE):
-                # a slot that nobody picked may hold anything; 0 x nan would still be nan
-                tile = keys[start : start + _TILE].to(weight.dtype).nan_to_num(0.0, 0.0, 0.0)
-                out[here].addmm_(dense[:, start : start + _TILE], tile)
+    if 0 in index.shape or 0 in keys.shape:
         return out
     # behind the last stands a row's own largest pick: weight 0 on any other row would spread its nan
     none = (index < 0).all(1, keepdim=True)
     index = torch.where(index < 0, index.amax(1, keepdim=True).clamp(min=0), index)
-    block = max(1, _BLOCK // (n * keys.shape[1]))
+    block = max(1, _BLOCK // (index.shape[1] * keys.shape[1]))
     for first in range(0, index.shape[0], block):
         here = slice(first, first + block)
         rows = keys[index[here]].to(weight.dtype)

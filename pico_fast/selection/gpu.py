@@ -10,10 +10,11 @@ import torch
 import triton
 from torch import Tensor
 
-from pico_fast import draws, reference
+from pico_fast import reference
 from pico_fast.kernels import configs, synthesis
 from pico_fast.kernels import hardest as kernels
 from pico_fast.selection import launch as launches
+from pico_fast.selection.layout import Layout
 
 # most keys that the kernels select on one side; consumer cards sort half as many
 MAX_COUNT = 4096
@@ -28,22 +29,12 @@ _FEW = 32
 _LEAST = torch.iinfo(torch.int64).min
 
 
-def takes_hardest(
-    anchors: Tensor,
-    keys: Tensor,
-    key_order: Tensor | None,
-    ranges: Tensor,
-    ceiling: Tensor | None,
-    count: int,
-    by_place: bool,
-    **_,
-) -> bool:
+def takes_hardest(layout: Layout, own: bool, ceiling: Tensor | None, count: int, by_place: bool) -> bool:
     """Whether the kernels are for these; see `launch.takes`. float32 rows of 512 do not fit."""
-    wide = anchors.shape[1] > 256 and keys.dtype == torch.float32
-    small = configs.family(launches.device_of(anchors)[0]) == 86
+    wide = layout.anchors.shape[1] > 256 and layout.keys.dtype == torch.float32
+    small = configs.family(launches.device_of(layout.anchors)[0]) == 86
     held = 0 < count <= (MAX_COUNT // 2 if small else MAX_COUNT)
-    plain = ceiling is None and not by_place
-    return plain and held and not wide and launches.takes(anchors, keys, key_order, ranges)
+    return ceiling is None and not by_place and held and not wide and launches.takes(layout)
 
 
 class _Side:
@@ -167,31 +158,23 @@ def _sampled_threshold(side: _Side) -> Tensor:
 
 
 def hardest(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
-    own: bool,
-    ceiling: None,
-    count: int,
-    by_place: bool,
-) -> tuple[Tensor, Tensor]:
+    layout: Layout, own: bool, ceiling: None, count: int, by_place: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The op `hardest`: rows of keys [A, count], hardest first, and their inner products."""
-    work = launches.make_pass(anchors, anchor_class, keys, key_order, ranges, own_key)
+    none = layout.anchor_class.new_empty(0)
+    work = launches.make_pass(layout)
     side = _Side(work, own, count)
     used = (work.anchor_class >= 0).int()
     if own or work.n_positions <= _FEW * count:
         side.append(used, side.exact_threshold(used))
-        return side.ordered()
+        return *side.ordered(), none
     few = side.available <= count
     side.append(used, torch.where(few, _LEAST, _sampled_threshold(side)))
     wanted = side.available.clamp(max=count)
     misled = (side.found < wanted) | (side.found > side.capacity)
     misled = (misled & (used != 0)).int()
     side.append(misled, side.exact_threshold(misled))
-    return side.ordered()
+    return *side.ordered(), none
 
 
 def _takes_rows(*tensors: Tensor) -> bool:
@@ -200,12 +183,12 @@ def _takes_rows(*tensors: Tensor) -> bool:
     return narrow and all(t.shape[0] > 0 for t in tensors)
 
 
-def takes_weighted(keys: Tensor, index: Tensor, weight: Tensor, **_) -> bool:
+def takes_weighted(keys: Tensor, index: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is for these."""
     return 0 not in index.shape and weight.dtype == torch.float32 and _takes_rows(keys)
 
 
-def takes_mixes(anchors: Tensor, keys: Tensor, pool_index: Tensor, **_) -> bool:
+def takes_mixes(anchors: Tensor, keys: Tensor, pool_index: Tensor, *_) -> bool:
     """Whether the kernel is for these."""
     return pool_index.shape[1] > 0 and _takes_rows(anchors, keys)
 
@@ -241,40 +224,6 @@ def weighted_rows(
     return out
 
 
-def _draws(
-    pool_index: Tensor,  # [A, pool] int64, -1 behind the last
-    row: Tensor,  # [A] int64, number of each anchor in its draws
-    negative_negative: int,
-    negative_anchor: int,
-    seed: Tensor,  # [] int64
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `reference.synthesise` draws: first part, second part and share of each mix, [A, n] each."""
-    hash32, below, uniform = draws.hash32, draws.below, draws.uniform
-    width, row = pool_index.shape[1], row[:, None]
-    size = (pool_index >= 0).sum(1, keepdim=True)
-    last = torch.iinfo(torch.int64).max
-    in_order = pool_index.masked_fill(pool_index < 0, last).sort(1)[0]
-
-    def member(place: Tensor, exists: Tensor) -> Tensor:
-        found = in_order.gather(1, place.clamp(min=0, max=width - 1))
-        return torch.where(exists, found, -1)
-
-    draw = torch.arange(negative_negative, device=seed.device)
-    first = below(hash32(seed, draws.MIX_FIRST, row, draw), size)
-    second = below(hash32(seed, draws.MIX_SECOND, row, draw), size - 1).clamp(min=0)
-    second = second + (second >= first)
-    two, one = size >= 2, size >= 1
-    of_two = uniform(hash32(seed, draws.MIX_SHARE, row, draw))
-    draw = torch.arange(negative_anchor, device=seed.device)
-    place = below(hash32(seed, draws.MIX_WITH_ANCHOR, row, draw), size)
-    of_anchor = uniform(hash32(seed, draws.MIX_ANCHOR_SHARE, row, draw)) * 0.5
-    return (
-        torch.cat([member(first, two), torch.full_like(place, -1)], 1),
-        torch.cat([member(second, two), member(place, one)], 1),
-        torch.cat([of_two, of_anchor], 1),
-    )
-
-
 def mix_negatives(
     anchors: Tensor,  # [A, D]
     keys: Tensor,  # [K, D]
@@ -287,7 +236,8 @@ def mix_negatives(
 ) -> tuple[Tensor, Tensor]:
     """The op `mix_negatives`: log-sum of exp(<a, h> / temperature) over the mixes h, and their mean."""
     anchors, keys = _readable(anchors), _readable(keys)
-    first, second, share = _draws(pool_index, row, negative_negative, negative_anchor, seed)
+    how = (negative_negative, negative_anchor, seed)
+    first, second, share = reference.draw_mixes(pool_index, row, *how)
     lse = torch.empty(len(anchors), device=anchors.device)
     mean = torch.empty(anchors.shape, device=anchors.device)
     sizes = _sizes(keys)

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pico_fast.kernels import configs, rows
+from pico_fast.selection.layout import Layout
 
 # most channels that a kernel holds; wider embeddings run the PyTorch ops
 MAX_CHANNELS = 512
@@ -20,12 +21,13 @@ MAX_CHANNELS = 512
 _PARTIAL_BYTES = 2**26
 
 
-def takes(anchors: Tensor, keys: Tensor, key_order: Tensor | None, ranges: Tensor) -> bool:
+def takes(layout: Layout) -> bool:
     """Whether the kernels are for these.
 
     Keys of bfloat16 or float16, or of float32 where PyTorch may use TF32: exact float32 products are
     better left to the library that PyTorch calls. Not float64, and at most MAX_CHANNELS channels.
     """
+    anchors, _, keys, key_order, ranges, _ = layout.tensors
     exact = keys.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     wide = torch.float64 in (anchors.dtype, keys.dtype)
     some = all(0 not in t.shape for t in (anchors, keys, ranges, key_order) if t is not None)
@@ -161,18 +163,12 @@ class Pass(NamedTuple):
         }
 
 
-def make_pass(
-    anchors: Tensor,  # [A, D]
-    anchor_class: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D]
-    key_order: Tensor | None,  # [W] int64
-    ranges: Tensor,  # [C, G, 2] int64
-    own_key: Tensor | None,  # [A] int64
-) -> Pass:
+def make_pass(layout: Layout) -> Pass:
     """A layout as launches take it, from tensors with any strides."""
+    anchors, anchor_class, keys, key_order, ranges, own_key = layout.tensors
     keys = with_rows(keys)
     queries = anchors.to(tile_dtype(keys.dtype)).contiguous()
     order, own = (x if x is None else x.contiguous() for x in (key_order, own_key))
     generation, processors = device_of(anchors)
-    layout = (anchor_class.contiguous(), keys, order, ranges.contiguous(), own)
-    return Pass(queries, *layout, generation, processors)
+    dense = (anchor_class.contiguous(), keys, order, ranges.contiguous(), own)
+    return Pass(queries, *dense, generation, processors)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_NO_LABEL = torch.iinfo(torch.int64).max
+_NO_LABEL = _ALL = torch.iinfo(torch.int64).max
 
 
 def product_dtype(*tensors: Tensor) -> torch.dtype:
@@ -19,12 +19,28 @@ def product_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-class Bounds(NamedTuple):
-    """Which keys of one side count for an anchor; nothing but None: all of them."""
+class Cut(NamedTuple):
+    """Which keys of one side count for an anchor: of the m below its ceiling the min(count, ⌈fraction m⌉)
+    hardest, equal ones by place. As it stands: every one."""
 
-    ceiling: Tensor | None = None  # [A] only negatives less similar than this
-    threshold: Tensor | None = None  # [A] the similarity of the least hard one that counts
-    ties: Tensor | None = None  # [A] int64, how many of those equal to it count, by place
+    ceiling: Tensor | None = None  # [A] only keys less similar than this
+    count: int = _ALL
+    fraction: float = 1.0
+
+    @property
+    def is_none(self) -> bool:
+        """Whether every key counts."""
+        return self.ceiling is None and self.count == _ALL
+
+    def wanted(self, m: Tensor) -> Tensor:
+        """How many of m keys [A] count: [A] int64."""
+        if self.is_none:
+            return m
+        return (m.double() * self.fraction).ceil().long().clamp(max=self.count)
+
+    def of(self, rows: slice) -> "Cut":
+        """The cut of a block of anchors."""
+        return self if self.ceiling is None else self._replace(ceiling=self.ceiling[rows])
 
 
 class Layout(NamedTuple):
@@ -33,13 +49,13 @@ class Layout(NamedTuple):
     anchors: Tensor  # [A, D], 0 in empty slots
     anchor_class: Tensor  # [A] int64 row of `ranges`, ascending; -1 in empty slots, which come last
     keys: Tensor  # [K, D] as they lie
-    key_order: (
-        Tensor | None
-    )  # [W] int64, the key at each position; None: positions are rows of keys
+    # [W] int64, the key at each position; None: positions are rows of keys
+    key_order: Tensor | None
     ranges: Tensor  # [C, G, 2] int64, first position and length of each part of each class
     own_key: Tensor | None  # [A] int64, in batch: the key that an anchor is itself
-    names: Tensor  # [C] int64, what classes are called in draws: their labels
-    order: Tensor  # [A] int64, which of the caller's anchors stands here
+    # ops are not told these two
+    names: Tensor | None = None  # [C] int64, what classes are called in draws: their labels
+    order: Tensor | None = None  # [A] int64, which of the caller's anchors stands here
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -4,8 +4,7 @@ Those of a layout take its six tensors first (see `layout.Layout`). Similarities
 divided by the temperature, in float64 where anchors or keys are float64, else in float32.
 
     sample_keys    some keys of each class: a smaller layout's key_order and ranges
-    bounds         for each anchor which of its keys count: threshold, ties, how many
-    hardest        the hardest keys of each anchor, as lists
+    hardest        lists of the hardest keys of each anchor; with a ceiling how many lie below it, else [0]
     weighted_rows  sums of listed keys by weight
     mix_negatives  log-sum and softmax mean of synthesised negatives
 """
@@ -14,19 +13,16 @@ import torch
 
 from pico_fast.regions import why_not_compiled
 from pico_fast.selection import cpu, eager
-from pico_fast.selection.layout import product_dtype
+from pico_fast.selection.layout import Layout, product_dtype
 
 LAYOUT = (
-    "Tensor anchors, Tensor anchor_class, Tensor keys, Tensor? key_order, Tensor ranges,"
-    " Tensor? own_key"
+    "Tensor anchors, Tensor anchor_class, Tensor keys, Tensor? key_order, Tensor ranges, Tensor? own_key"
 )
 _SCHEMAS = {
     "sample_keys": "(Tensor ranges, Tensor names, Tensor? key_order, Tensor wanted, Tensor seed,"
     " int stream, SymInt capacity) -> (Tensor key_order, Tensor ranges)",
-    "bounds": f"({LAYOUT}, bool own, Tensor? ceiling, int count, float fraction)"
-    " -> (Tensor threshold, Tensor ties, Tensor count)",
     "hardest": f"({LAYOUT}, bool own, Tensor? ceiling, SymInt count, bool by_place)"
-    " -> (Tensor index, Tensor similarity)",
+    " -> (Tensor index, Tensor similarity, Tensor below)",
     "weighted_rows": "(Tensor keys, Tensor index, Tensor weight) -> Tensor",
     "mix_negatives": "(Tensor anchors, Tensor keys, Tensor pool_index, Tensor row,"
     " int negative_negative, int negative_anchor, float temperature, Tensor seed)"
@@ -34,30 +30,41 @@ _SCHEMAS = {
 }
 
 
-def register(op: str, key: str, function) -> None:
-    """Make `function` the implementation of an op for a dispatch key."""
+def register(op: str, key: str, function, pack) -> None:
+    """Make `function` the implementation of an op for a dispatch key, called with what `pack` returns."""
 
     def without_autocast(*args):
         # autocast would reach into the products of the implementation
         with torch.autocast(args[0].device.type, enabled=False):
-            return function(*args)
+            return function(*pack(*args))
 
     torch.library.impl(f"pico_fast::{op}", key, without_autocast)
 
 
+def _packed(anchors, anchor_class, keys, key_order, ranges, own_key, *rest):
+    return Layout(anchors, anchor_class, keys, key_order, ranges, own_key), *rest
+
+
+def implement(op: str, key: str, function) -> None:
+    """Make `function` the implementation of an op of this page; a layout it takes in one piece."""
+    register(op, key, function, _packed if op == "hardest" else lambda *args: args)
+
+
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"pico_fast::{_name}", _schema)
-    register(_name, "CompositeExplicitAutograd", getattr(eager, _name))
+    implement(_name, "CompositeExplicitAutograd", getattr(eager, _name))
 # the others have one in csrc/
 if why_not_compiled is None:
-    register("bounds", "CPU", cpu.bounds)
-    register("hardest", "CPU", cpu.hardest)
+    implement("hardest", "CPU", cpu.hardest)
 
 sample_keys = torch.ops.pico_fast.sample_keys.default
-bounds = torch.ops.pico_fast.bounds.default
-hardest = torch.ops.pico_fast.hardest.default
 weighted_rows = torch.ops.pico_fast.weighted_rows.default
 mix_negatives = torch.ops.pico_fast.mix_negatives.default
+
+
+def hardest(layout: Layout, *rest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `hardest` for a layout."""
+    return torch.ops.pico_fast.hardest(*layout.tensors, *rest)
 
 
 @torch.library.register_fake("pico_fast::sample_keys")
@@ -65,16 +72,11 @@ def _(ranges, names, key_order, wanted, seed, stream, capacity):
     return ranges.new_empty(capacity), ranges.new_empty(ranges.shape[0], 1, 2)
 
 
-@torch.library.register_fake("pico_fast::bounds")
-def _(anchors, anchor_class, keys, *_):
-    threshold = anchors.new_empty(anchors.shape[0], dtype=product_dtype(anchors, keys))
-    return threshold, torch.empty_like(anchor_class), torch.empty_like(anchor_class)
-
-
 @torch.library.register_fake("pico_fast::hardest")
 def _(anchors, anchor_class, keys, key_order, ranges, own_key, own, ceiling, count, by_place):
     index = anchor_class.new_empty(anchors.shape[0], count)
-    return index, anchors.new_empty(index.shape, dtype=product_dtype(anchors, keys))
+    below = anchor_class.new_empty(0 if ceiling is None else anchors.shape[0])
+    return index, anchors.new_empty(index.shape, dtype=product_dtype(anchors, keys)), below
 
 
 @torch.library.register_fake("pico_fast::weighted_rows")
@@ -85,6 +87,4 @@ def _(keys, index, weight):
 @torch.library.register_fake("pico_fast::mix_negatives")
 def _(anchors, keys, *_):
     dtype = product_dtype(anchors, keys)
-    return anchors.new_empty(anchors.shape[0], dtype=dtype), anchors.new_empty(
-        anchors.shape, dtype=dtype
-    )
+    return anchors.new_empty(anchors.shape[0], dtype=dtype), anchors.new_empty(anchors.shape, dtype=dtype)

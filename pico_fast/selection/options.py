@@ -47,8 +47,8 @@ class Selection:
             return math.ceil(count / self.hard_fraction)
         raise ValueError(f"selection: no such strategy as {strategy!r}")
 
-    def has_bounds(self, own: bool) -> bool:
-        """Whether a part of the sampled keys counts: those within an anchor's bounds."""
+    def is_cut(self, own: bool) -> bool:
+        """Whether of the sampled keys a share counts: the hardest of them."""
         strategy = self.strategy(own)
         if strategy in ("all", "random", "hardest"):
             return False

@@ -32,8 +32,7 @@ def draw_sample(
     selection: Selection,
     own: bool,
     seed: Tensor,  # [] int64
-    slots: int
-    | None,  # places of a class in a bank; None: keys with labels, of which one may have all
+    slots: int | None,  # places of a class in a bank; None: keys with labels, of which one may have all
 ) -> Layout:
     """The sample of one side: some keys of each class of `layout`, their places as positions."""
     n_classes = layout.ranges.shape[0]

@@ -1,4 +1,4 @@
-// Tiles of similarities on a CPU: which pairs count, and what those that count add up to.
+// Tiles of similarities on a CPU: what the pairs that count add up to.
 //
 // A tile is [n, w], a row of similarities to neighbouring positions for each anchor. A pair that
 // does not count has hardness -inf: similarity -inf among negatives, +inf among positives.
@@ -27,48 +27,8 @@ constexpr T kInfinity = std::numeric_limits<T>::infinity();
 // Keys that rows go through together, in bytes: they stay in a second-level cache.
 constexpr int64_t kKeyBytes = 1 << 18;
 
-// Excludes of a row what lies outside of its bounds; `ties` of those at the threshold may still
-// come.
-template <typename T>
-PICO_FAST_INLINE inline void exclude(T* row, int64_t w, T sign, T ceiling, T threshold,
-                                     int64_t& ties) {
-  const T least = sign * threshold, excluded = -sign * kInfinity<T>;
-  int64_t equal = 0;
-#pragma omp simd reduction(+ : equal)
-  for (int64_t j = 0; j < w; ++j) {
-    const T hardness = sign * row[j];
-    const bool outside = (hardness < least) | (row[j] >= ceiling);
-    row[j] = outside ? excluded : row[j];
-    equal += !outside & (hardness == least);
-  }
-  if (equal > ties)
-    for (int64_t j = 0, found = 0; j < w; ++j)
-      if (row[j] == threshold && ++found > ties) row[j] = excluded;
-  ties -= std::min(ties, equal);
-}
-
-// similarity [n, w], ceiling [n] or none, threshold [n], ties [n] int64: how many at the threshold
-// count in this tile and later ones; similarity and ties in place
-void exclude_outside(const Tensor& similarity, const std::optional<Tensor>& ceiling_,
-                     const Tensor& threshold_, const Tensor& ties, bool own) {
-  STD_TORCH_CHECK(similarity.dim() == 2, "similarity: expected [n, w]");
-  const int64_t n = similarity.size(0), w = similarity.size(1);
-  auto* left = in_place<int64_t>(ties, {n}, "ties");
-  with_precision(similarity, [&](auto precision) {
-    using T = decltype(precision);
-    T* rows = in_place<T>(similarity, {n, w}, "similarity");
-    const T* ceiling = ceiling_ ? in_place<T>(*ceiling_, {n}, "ceiling") : nullptr;
-    const T* threshold = in_place<T>(threshold_, {n}, "threshold");
-    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const T top = ceiling ? ceiling[i] : std::numeric_limits<T>::quiet_NaN();
-        vectorised([&]() PICO_FAST_INLINE {
-          exclude<T>(rows + i * w, w, own ? -1 : 1, top, threshold[i], left[i]);
-        });
-      }
-    });
-  });
-}
+// Keys that are asked for ahead of those in hand.
+constexpr int64_t kAhead = 12;
 
 // The pairs of a row, in a stretch of its columns, that count.
 template <typename S>
@@ -77,7 +37,7 @@ struct Counted {
   std::vector<S> value;  // similarities, then weights
   int64_t n = 0;
 
-  explicit Counted(int64_t stretch) : column(stretch + 1), value(stretch) {}
+  explicit Counted(int64_t stretch) : column(stretch + 1), value(stretch + 1) {}
 
   void list(const S* row, int64_t first, int64_t last, S excluded) {
     using Bits = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
@@ -100,9 +60,7 @@ struct Keys {
   const int64_t* which;  // [w] or null: one for each column
   int64_t D;
 
-  PICO_FAST_INLINE const T* at(int64_t column) const {
-    return rows + (which ? which[column] : column) * D;
-  }
+  PICO_FAST_INLINE const T* at(int64_t column) const { return rows + (which ? which[column] : column) * D; }
 
   // Adds the keys by weight to `sum` [D], four at once: each time it is read and written anew.
   template <typename S>
@@ -115,7 +73,7 @@ struct Keys {
         // behind the last comes the last again, with no weight
         key[i] = at(counted.column[std::min(k + i, n - 1)]);
         weight[i] = k + i < n ? counted.value[k + i] : S{0};
-        if (k + i + 4 < n) prefetch(at(counted.column[k + i + 4]), D);
+        if (k + i + kAhead < n) prefetch(at(counted.column[k + i + kAhead]), D);
       }
       const T *a = key[0], *b = key[1], *c = key[2], *e = key[3];
       const S p = weight[0], q = weight[1], r = weight[2], s = weight[3];
@@ -133,7 +91,7 @@ struct Keys {
 // weigh(i, counted) for each row, stretch by stretch of the columns, with the similarities of those
 // that count: makes weights of them, by which keys are added to sums [n, D], unless it is null
 template <typename S, typename T, typename Weigh>
-void add_tile(const S* similarity, int64_t n, int64_t w, S excluded, const Keys<T>& keys, S* sums,
+void add_tile(const Rows<S>& similarity, int64_t n, int64_t w, S excluded, const Keys<T>& keys, S* sums,
               Weigh&& weigh) {
   const int64_t row_bytes = keys.D * static_cast<int64_t>(sizeof(T));
   const int64_t stretch = std::max<int64_t>(64, kKeyBytes / std::max<int64_t>(1, row_bytes));
@@ -141,7 +99,7 @@ void add_tile(const S* similarity, int64_t n, int64_t w, S excluded, const Keys<
     Counted<S> counted(std::min(stretch, w));
     for (int64_t first = 0; first < w; first += stretch)
       for (int64_t i = begin; i < end; ++i) {
-        counted.list(similarity + i * w, first, std::min(first + stretch, w), excluded);
+        counted.list(similarity[i], first, std::min(first + stretch, w), excluded);
         weigh(i, std::span(counted.value.data(), counted.n));
         if (sums) vectorised([&]() PICO_FAST_INLINE { keys.add(counted, sums + i * keys.D); });
       }
@@ -151,8 +109,7 @@ void add_tile(const S* similarity, int64_t n, int64_t w, S excluded, const Keys<
 // call(S{}, keys): what a tile [n, w] has to do with its keys [*, D], `which` [w] int64 or none:
 // all
 template <typename F>
-void with_keys(const Tensor& similarity, const Tensor& keys, const std::optional<Tensor>& which,
-               F&& call) {
+void with_keys(const Tensor& similarity, const Tensor& keys, const std::optional<Tensor>& which, F&& call) {
   STD_TORCH_CHECK(similarity.dim() == 2 && similarity.size(1) < INT32_MAX,
                   "similarity: expected [n, w], w below 2^31");
   const int64_t* columns = checked_which(keys, which, similarity.size(1));
@@ -164,13 +121,13 @@ void with_keys(const Tensor& similarity, const Tensor& keys, const std::optional
 
 // Of negatives: top, total and away [n] go on, the largest s, the sums of weights exp((s - top) /
 // temperature) and of s; and mean [n, D] or none, the sum of keys by weight
-void add_negatives(const Tensor& similarity, const Tensor& keys_,
-                   const std::optional<Tensor>& which, double temperature, const Tensor& top_,
-                   const Tensor& total_, const Tensor& away_, const std::optional<Tensor>& mean_) {
+void add_negatives(const Tensor& similarity, const Tensor& keys_, const std::optional<Tensor>& which,
+                   double temperature, const Tensor& top_, const Tensor& total_, const Tensor& away_,
+                   const std::optional<Tensor>& mean_) {
   with_keys(similarity, keys_, which, [&](auto sum, const auto& keys) {
     using S = decltype(sum);
     const int64_t n = similarity.size(0), w = similarity.size(1), D = keys.D;
-    const S* rows = in_place<S>(similarity, {n, w}, "similarity");
+    const auto rows = rows_in_place<S>(similarity, n, w, "similarity");
     S *top = in_place<S>(top_, {n}, "top"), *total = in_place<S>(total_, {n}, "total");
     S* away = in_place<S>(away_, {n}, "away");
     S* mean = mean_ ? in_place<S>(*mean_, {n, D}, "mean") : nullptr;
@@ -199,14 +156,13 @@ void add_negatives(const Tensor& similarity, const Tensor& keys_,
 // Of positives, lse [n] given: loss, weight and similar [n] go on, the sums of softplus(lse - s /
 // temperature), of weights sigmoid(lse - s / temperature) and of s; and pull [n, D] or none, the
 // sum of keys by weight
-void add_positives(const Tensor& similarity, const Tensor& keys_,
-                   const std::optional<Tensor>& which, const Tensor& lse_, double temperature,
-                   const Tensor& loss_, const Tensor& weight_, const Tensor& similar_,
-                   const std::optional<Tensor>& pull_) {
+void add_positives(const Tensor& similarity, const Tensor& keys_, const std::optional<Tensor>& which,
+                   const Tensor& lse_, double temperature, const Tensor& loss_, const Tensor& weight_,
+                   const Tensor& similar_, const std::optional<Tensor>& pull_) {
   with_keys(similarity, keys_, which, [&](auto sum, const auto& keys) {
     using S = decltype(sum);
     const int64_t n = similarity.size(0), w = similarity.size(1);
-    const S* rows = in_place<S>(similarity, {n, w}, "similarity");
+    const auto rows = rows_in_place<S>(similarity, n, w, "similarity");
     const S* lse = in_place<S>(lse_, {n}, "lse");
     S *loss = in_place<S>(loss_, {n}, "loss"), *weight = in_place<S>(weight_, {n}, "weight");
     S* similar = in_place<S>(similar_, {n}, "similar");
@@ -228,11 +184,45 @@ void add_positives(const Tensor& similarity, const Tensor& keys_,
   });
 }
 
+// keys [K, D], index [n, k] int64, -1 for none, weight [n, k] float32 or float64 -> [n, D]; a key
+// of weight 0 is not read: it may hold anything
+Tensor weighted_rows(const Tensor& keys_, const Tensor& index_, const Tensor& weight_) {
+  STD_TORCH_CHECK(keys_.dim() == 2 && index_.dim() == 2 && weight_.dim() == 2 &&
+                      weight_.size(0) == index_.size(0) && weight_.size(1) == index_.size(1),
+                  "expected keys [K, D], index [n, k] and weight [n, k]");
+  const Tensor keys = torch::stable::contiguous(keys_);
+  const Tensor index = torch::stable::contiguous(index_);
+  const Tensor weight = torch::stable::contiguous(weight_);
+  const int64_t n = index.size(0), k = index.size(1), D = keys.size(1);
+  const int64_t* from = checked_index(index, keys.size(0));
+  Tensor out = torch::stable::new_zeros(weight, {n, D});
+  with_dtypes(weight, keys, [&](auto sum, auto key) {
+    using S = decltype(sum);
+    using T = decltype(key);
+    const auto* weights = static_cast<const S*>(weight.const_data_ptr());
+    const Keys<T> all{static_cast<const T*>(keys.const_data_ptr()), nullptr, D};
+    auto* sums = static_cast<S*>(out.mutable_data_ptr());
+    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      Counted<S> picked(k);
+      for (int64_t i = begin; i < end; ++i) {
+        picked.n = 0;
+        for (int64_t slot = i * k; slot < (i + 1) * k; ++slot) {
+          picked.column[picked.n] = static_cast<int32_t>(from[slot]);
+          picked.value[picked.n] = weights[slot];
+          picked.n += from[slot] >= 0 && weights[slot] != 0;
+        }
+        vectorised([&]() PICO_FAST_INLINE { all.add(picked, sums + i * D); });
+      }
+    });
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace pico_fast
 
 STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) {
-  m.impl("exclude_outside", TORCH_BOX(&pico_fast::exclude_outside));
   m.impl("add_negatives", TORCH_BOX(&pico_fast::add_negatives));
+  m.impl("weighted_rows", TORCH_BOX(&pico_fast::weighted_rows));
   m.impl("add_positives", TORCH_BOX(&pico_fast::add_positives));
 }
