@@ -21,9 +21,7 @@ if not torch.cuda.is_available():
 import pico_fast
 
 # the same examples on every machine, or new ones and more of them
-settings.register_profile(
-    "representative", max_examples=40, deadline=None, derandomize=True, database=None
-)
+settings.register_profile("representative", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.register_profile("full", max_examples=1500, deadline=None, database=None)
 
 # lists torch's functions once; it must see the true ones, before a fixture wraps any

@@ -202,9 +202,7 @@ def warm_up() -> None:
     parts = build()
     images, labels = batch(0)
     features = parts["network"]["body"](images)
-    parts["joint"](
-        parts["network"]["classifier"](features), parts["network"]["head"](features), labels
-    )
+    parts["joint"](parts["network"]["classifier"](features), parts["network"]["head"](features), labels)
     parts["optimizer"].step()
 
 

@@ -10,9 +10,6 @@ from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
 from pico_fast import on_gpu
-from pico_fast.contrast import ops as contrast_ops
-from pico_fast.selection import eager
-from pico_fast.selection import ops as selection_ops
 from pico_fast.selection.layout import Layout, of_bank, of_labels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,10 +151,6 @@ def in_triton():
         if DEVICE == "cpu":
             patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
             patch.setattr(on_gpu, "_is_new", lambda _: True)
-            for op in on_gpu._OPS:
-                name = op.name().partition("::")[2]
-                page = contrast_ops if hasattr(contrast_ops, name) else selection_ops
-                patch.setattr(page, name, on_gpu._in_triton(op))
-            # bounds have no kernel: on a GPU they run in PyTorch, with the bits of the sums there
-            patch.setattr(selection_ops, "bounds", eager.bounds)
+            for page, name, takes in on_gpu._OPS:
+                patch.setattr(page, name, on_gpu._in_triton(page, name, takes))
         yield

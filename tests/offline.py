@@ -32,9 +32,7 @@ def report(kernel, arguments: dict[str, str], constants: dict, generation: int, 
     even = [n for n, kind in arguments.items() if kind[0] == "*" or n.endswith("_stride")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", generation, 32), options=options or None
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options or None)
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         cubin.write_bytes(compiled.asm["cubin"])

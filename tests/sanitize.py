@@ -9,6 +9,7 @@ import torch
 
 import pico_fast
 from pico_fast.selection import layout as layouts
+from pico_fast.selection.layout import Cut
 from pico_fast.selection.options import SAMPLINGS
 
 
@@ -28,7 +29,7 @@ def region_pooling() -> None:
 
 def contrast() -> None:
     # sizes that end within tiles, in batch, keys in any order, a bank with an empty class, long rows
-    ops, nobody = torch.ops.pico_fast, (None, None, None)
+    ops, nobody = torch.ops.pico_fast, Cut()
     for dtype, channels in itertools.product((torch.bfloat16, torch.float16), (48, 256)):
         anchors = torch.randn(70, channels, device="cuda")
         labels = torch.randint(-1, 5, (70,), device="cuda")
@@ -45,7 +46,7 @@ def contrast() -> None:
             lse, *_ = ops.negatives(*work.tensors, *nobody, 0.1, True)
             ops.positives(*work.tensors, *nobody, lse, 0.1, True)
             for own in (True, False):
-                ops.keys_grad(*work.tensors, own, *nobody, lse, lse, 0.1)
+                ops.keys_grad(*work.tensors, *nobody, own, lse, lse, 0.1)
 
 
 def selection() -> None:

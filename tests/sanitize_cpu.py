@@ -149,9 +149,7 @@ def layout_of(sizes: list[int], dtype: torch.dtype, channels: int, in_batch: boo
         return anchors, classes, keys, None, ranges, None
     of = [torch.full((int(part[:, 1].sum()),), c) for c, part in enumerate(ranges)]
     classes = torch.cat([*of, torch.tensor([-1])])
-    own = torch.cat(
-        [torch.arange(f, f + n) for f, n in ranges.flatten(0, 1).tolist()] + [torch.zeros(1)]
-    )
+    own = torch.cat([torch.arange(f, f + n) for f, n in ranges.flatten(0, 1).tolist()] + [torch.zeros(1)])
     own = key_order[own.long()]
     return keys[own], classes, keys, key_order, ranges, own
 
@@ -167,15 +165,14 @@ def layouts() -> None:
         ceiling, lse = (extreme(len(work[0]), dtype=wide) for _ in range(2))
         for own, (count, fraction) in itertools.product((False, True), counts):
             top = None if own else ceiling
-            threshold, ties, _ = ops.bounds(*work, own, top, count, fraction)
             for by_place in (False, True):
                 ops.hardest(*work, own, top, count, by_place)
-            for bounds in ((None, None, None), (top, threshold, ties)):
+            for cut in ((None, 2**63 - 1, 1.0), (top, count, fraction)):
                 if own:
-                    ops.positives(*work, *bounds, lse, 0.1, True)
+                    ops.positives(*work, *cut, lse, 0.1, True)
                 else:
-                    ops.negatives(*work, *bounds, 0.1, True)
-                ops.keys_grad(*work, own, *bounds, lse, lse, 0.1)
+                    ops.negatives(*work, *cut, 0.1, True)
+                ops.keys_grad(*work, *cut, own, lse, lse, 0.1)
 
 
 def sample_keys() -> None:
@@ -227,8 +224,7 @@ def mix_negatives() -> None:
 
 
 # what ops of layouts are made of
-PARTS = "multiply_few exclude_outside add_negatives add_positives keep_hardest bounds_of_kept"
-PARTS += " list_kept"
+PARTS = "multiply_few cut_rows add_negatives add_positives keep_hardest list_kept"
 RUNS = {
     "region_pool": region_pool,
     "region_pool_backward": region_pool,

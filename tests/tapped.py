@@ -15,9 +15,7 @@ class Network(nn.Module):
 
     def __init__(self, checkpointed: str = "no"):
         super().__init__()
-        self.backbone = nn.Sequential(
-            nn.Conv2d(3, CHANNELS, 3, 2, 1), nn.BatchNorm2d(CHANNELS), nn.ReLU()
-        )
+        self.backbone = nn.Sequential(nn.Conv2d(3, CHANNELS, 3, 2, 1), nn.BatchNorm2d(CHANNELS), nn.ReLU())
         self.classifier = nn.Conv2d(CHANNELS, CLASSES, 1)
         self.checkpointed = checkpointed
 

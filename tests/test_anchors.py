@@ -47,10 +47,7 @@ def test_counts_and_shares(max_samples, max_views, min_pixels, easy, with_predic
 
     pairs = per_pair(labels, *found)
     eligible = {
-        (b, c): (labels[b] == c)
-        for b in range(3)
-        for c in range(5)
-        if (labels[b] == c).sum() >= min_pixels
+        (b, c): (labels[b] == c) for b in range(3) for c in range(5) if (labels[b] == c).sum() >= min_pixels
     }
     n_view = max(1, min(max_samples // len(eligible), max_views))
     assert set(pairs) <= set(eligible)
@@ -86,9 +83,7 @@ def test_pixels_of_a_kind_are_drawn_equally_often(easy):
     hits = torch.zeros(60)
     runs = 2000
     for seed in range(runs):
-        pixel, _ = pico_fast.sample_anchors(
-            labels, predictions, 12, num_classes=2, seed=seed, easy=easy
-        )
+        pixel, _ = pico_fast.sample_anchors(labels, predictions, 12, num_classes=2, seed=seed, easy=easy)
         hits[pixel] += 1
     assert hits.sum() == 12 * runs
     # 6 of 20 hard ones and 6 of 40 others; or 6 hard and 6 of the 54 that remain

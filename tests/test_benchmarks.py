@@ -54,9 +54,7 @@ def made_up(machine: dict[str, str]) -> Results:
     """Results with every kind of row."""
     rows = all_keys()
     for keys in (1_000, 10_000, 100_000):
-        sweep = Case(
-            "contrast, by number of keys", "COCO-Stuff", keys, 256, operations=1024.0 * keys
-        )
+        sweep = Case("contrast, by number of keys", "COCO-Stuff", keys, 256, operations=1024.0 * keys)
         rows += [timed(sweep, "pico_fast", 1e-6 * keys), timed(sweep, "eager", 5e-6 * keys)]
         case = Case("memory, by number of keys", "COCO-Stuff", keys, 1024)
         rows += [Row(case, "pico_fast", peak_bytes=10**7)]
@@ -179,9 +177,7 @@ def test_table_of_a_bench(folder, root):
     memory = text.split("### memory, by number of keys")[1]
     assert "| eager | 900 MB | 90.0 |" in memory
     assert "| operations of a criterion step | 321 |" in text
-    assert (
-        "Bars: 4 of 5 met; **missed**: contrast, all keys, COCO-Stuff at 0.1 of the queue" in text
-    )
+    assert "Bars: 4 of 5 met; **missed**: contrast, all keys, COCO-Stuff at 0.1 of the queue" in text
 
 
 def test_run_without_times_shows_the_reason(folder, root):

@@ -163,16 +163,12 @@ def truth(scene: Scene, picks) -> tuple[Tensor, Tensor]:
     if scene.synthesis and not (negative < 0).all():
         *counts, pool = vars(scene.synthesis).values()
         row = torch.arange(len(anchors), device=DEVICE)
-        mixed, exists = reference.synthesise(
-            anchors, keys, negative[:, :pool], row, *counts, scene.seed
-        )
+        mixed, exists = reference.synthesise(anchors, keys, negative[:, :pool], row, *counts, scene.seed)
         more = (mixed * anchors[:, None]).sum(2) / scene.temperature
         away = torch.cat([away, more.masked_fill(~exists, -math.inf)], 1)
     some = (away > -math.inf).any(1)
     z = away.masked_fill(~some[:, None], 0.0).logsumexp(1)
-    each = softplus(z[:, None] - s, threshold=40.0).masked_fill(
-        (positive < 0) | ~some[:, None], 0.0
-    )
+    each = softplus(z[:, None] - s, threshold=40.0).masked_fill((positive < 0) | ~some[:, None], 0.0)
     loss = each.sum(1) / (positive >= 0).sum(1).clamp(min=1)
     (gradient,) = torch.autograd.grad(loss.sum(), anchors)
     return loss.detach(), gradient
@@ -200,9 +196,7 @@ def check_picks(scene: Scene, picks, allowed: Tensor) -> None:
             assert (row[len(found) :] == -1).all()
             # what lies near the mean of positives may be taken for less similar, or not
             low, high = ceiling[i] if strategy == "bounded" else (math.inf, math.inf)
-            fewest, most = (
-                counted(scene.selection, own, int((s < bound).sum())) for bound in (low, high)
-            )
+            fewest, most = (counted(scene.selection, own, int((s < bound).sum())) for bound in (low, high))
             assert fewest <= len(found) <= most
             assert (similarity[i, found] < high).all()
             if own and len(s):

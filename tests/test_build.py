@@ -95,7 +95,7 @@ def test_info():
 
 
 def test_info_tells_what_the_dispatcher_does():
-    expected = "region_pool region_pool_backward sample_keys bounds hardest negatives positives"
+    expected = "region_pool region_pool_backward sample_keys hardest negatives positives"
     expected += " keys_grad weighted_rows mix_negatives labels_on_grid gather_pixels"
     assert {f"pico_fast::{op}" for op in expected.split()} <= set(info.ops())
     expected = "PyTorch, any device" if regions.why_not_compiled else "compiled"

@@ -14,6 +14,7 @@ from pico_fast.contrast.function import Settings, contrast_rows
 from pico_fast.regions import why_not_compiled
 from pico_fast.selection import layout as layouts
 from pico_fast.selection.eager import class_of_positions
+from pico_fast.selection.layout import Cut
 from pico_fast.selection.options import EVERYTHING, POSITIVES, SAMPLINGS, check_selection
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -107,9 +108,7 @@ def test_loss_and_gradient_are_those_of_the_formula(name, in_batch, temperature,
     exact = [t.double().requires_grad_() for t in (anchors, keys) if t is not None]
     rest = (None, None) if in_batch else (leaves[1], key_labels)
     rest_exact = (None, None) if in_batch else (exact[1], key_labels)
-    loss = pico_fast.contrast(
-        leaves[0], anchor_labels, *rest, temperature, reduction="none", impl=impl
-    )
+    loss = pico_fast.contrast(leaves[0], anchor_labels, *rest, temperature, reduction="none", impl=impl)
     expected = truth(exact[0], anchor_labels, *rest_exact, temperature)
     assert loss.dtype == torch.float32
     close(loss, expected, 1e-5)
@@ -130,9 +129,9 @@ def test_sums_of_tiles_agree_with_the_formula(page, shape):
         t.double() if t.is_floating_point() else t for t in case("clustered", *shape)
     )
     work = layouts.of_labels(anchors, anchor_labels, keys, key_labels)
-    nobody, n = (None, None, None), work.available(True)
-    lse, mean, away = page.negatives(*work.tensors, *nobody, 0.1, True)
-    loss, weight, similar, pull = page.positives(*work.tensors, *nobody, lse, 0.1, True)
+    nobody, n = Cut(), work.available(True)
+    lse, mean, away, _ = page.negatives(work, nobody, 0.1, True)
+    loss, weight, similar, pull = page.positives(work, nobody, lse, 0.1, True)
     leaf, key_leaf = anchors.clone().requires_grad_(), keys.clone().requires_grad_()
     expected = truth(leaf, anchor_labels, key_leaf, key_labels, 0.1)
     share = 1 / n.clamp(min=1).double()
@@ -140,8 +139,8 @@ def test_sums_of_tiles_agree_with_the_formula(page, shape):
     expected.sum().backward()
     gradient = (share * 10 * weight)[:, None] * mean - (share * 10)[:, None] * pull
     close(work.restore(gradient), leaf.grad, 1e-9)
-    key_grad = page.keys_grad(*work.tensors, True, *nobody, lse, share * 10, 0.1)
-    key_grad += page.keys_grad(*work.tensors, False, *nobody, lse, share * 10 * weight, 0.1)
+    key_grad = page.keys_grad(work, nobody, True, lse, share * 10, 0.1)
+    key_grad += page.keys_grad(work, nobody, False, lse, share * 10 * weight, 0.1)
     # no anchor has a positive where there is one key: nothing reaches the keys then
     close(key_grad, torch.zeros_like(keys) if key_leaf.grad is None else key_leaf.grad, 1e-9)
     similarity = anchors @ keys.T
@@ -181,9 +180,7 @@ def test_error_stays_in_the_budget_of_the_dtype(dtype, keys_dtype, name):
 def test_rows_of_any_length_stay_finite_and_exact(norm, temperature):
     anchors, anchor_labels, keys, key_labels = case("random")
     anchors = (anchors * norm).requires_grad_()
-    loss = pico_fast.contrast(
-        anchors, anchor_labels, keys, key_labels, temperature, reduction="none"
-    )
+    loss = pico_fast.contrast(anchors, anchor_labels, keys, key_labels, temperature, reduction="none")
     exact = (anchors.detach().double(), anchor_labels, keys.double(), key_labels)
     expected, _ = reference.contrast(*exact, temperature, EVERYTHING)
     close(loss, expected, 1e-5)

@@ -7,12 +7,12 @@ from torch.nn.functional import normalize
 import pico_fast
 from pico_fast import info
 from pico_fast.contrast import eager, ops
-from pico_fast.selection.layout import of_bank
+from pico_fast.selection.layout import Cut, of_bank
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 CLASSES, SLOTS, CHANNELS = 171, 10_000, 256
-ALL = (None, None, None)
+ALL = Cut()
 
 
 def bank_of(slots, clustered, dtype=torch.bfloat16, channels=CHANNELS):
@@ -34,8 +34,8 @@ def anchors_of(n, centres):
 
 def sums(page, of):
     """What both ops of a page say: lse, mean and away, then loss, weight, similar and pull."""
-    found = page.negatives(*of.tensors, *ALL, 0.1, True)
-    return *found, *page.positives(*of.tensors, *ALL, found[0], 0.1, True)
+    found = page.negatives(of, ALL, 0.1, True)[:3]
+    return *found, *page.positives(of, ALL, found[0], 0.1, True)
 
 
 def check(found, expected, relative):
@@ -82,15 +82,13 @@ def test_every_width_and_dtype(dtype, channels):
     try:
         found = sums(ops, of)
         factor = torch.randn(333, device="cuda")
-        grads = [
-            ops.keys_grad(*of.tensors, own, *ALL, found[0], factor, 0.1) for own in (False, True)
-        ]
+        grads = [ops.keys_grad(of, ALL, own, found[0], factor, 0.1) for own in (False, True)]
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     wide = of._replace(anchors=of.anchors.double())
     check(found, sums(eager, wide), 3e-2)
-    rest = (*ALL, found[0].double(), factor.double(), 0.1)
-    expected = [eager.keys_grad(*wide.tensors, own, *rest) for own in (False, True)]
+    rest = (found[0].double(), factor.double(), 0.1)
+    expected = [eager.keys_grad(wide, ALL, own, *rest) for own in (False, True)]
     check(grads, expected, 5e-2)
 
 
@@ -111,9 +109,7 @@ def test_no_recompilation_from_step_to_step():
 
 def test_a_whole_criterion_step_is_one_graph():
     def make():
-        return pico_fast.PiCoLoss(
-            19, 64, sampling="all", pixel_queue_size=50, region_queue_size=10
-        ).cuda()
+        return pico_fast.PiCoLoss(19, 64, sampling="all", pixel_queue_size=50, region_queue_size=10).cuda()
 
     torch.manual_seed(0)
     batches = [

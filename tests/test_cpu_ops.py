@@ -143,19 +143,18 @@ def ceiling_of(work, own, wanted):
 @pytest.mark.parametrize(("count", "fraction"), [(20, 1.0), (2048, 0.1), (7, 0.3), (10**6, 1.0)])
 @sides
 @layouts
-def test_bounds_are_exact(sizes, n_anchors, more, own, count, fraction):
+def test_cuts_are_exact(sizes, n_anchors, more, own, count, fraction):
     work = layout(sizes, n_anchors, **more)
+    pairs = truth(work, own)
+    s = pairs.s.to(work.dtype).masked_fill(~pairs.mask, math.inf if own else -math.inf)
     for with_ceiling in (False, True):
         ceiling = ceiling_of(work, own, with_ceiling)
-        threshold, ties, counts = ops.bounds(*work, own, ceiling, count, fraction)
-        true = truth(work, own, ceiling, count, fraction)
-        last = true.order.gather(1, (true.n - 1).clamp(min=0)[:, None])
-        bound = true.s.gather(1, last)
-        equal = ((true.s == bound) & true.mask).sum(1)
-        nothing = -math.inf if own else math.inf
-        assert torch.equal(counts, true.n)
-        assert torch.equal(threshold, torch.where(true.n > 0, bound[:, 0], nothing).to(work.dtype))
-        assert torch.equal(ties, equal)
+        rows = torch.nn.functional.pad(s, (0, 7))[:, : s.shape[1]]  # with a gap between rows
+        below = torch.empty(len(rows), dtype=torch.int64)
+        ops.cut_rows(rows, ceiling, count, fraction, own, below)
+        assert torch.equal(below, truth(work, own, ceiling).n)
+        mask = truth(work, own, ceiling, count, fraction).mask
+        assert torch.equal(rows.isinf(), ~mask) and torch.equal(rows[mask], s[mask])
 
 
 @pytest.mark.parametrize("count", [1, 20, 3000])
@@ -165,7 +164,8 @@ def test_the_hardest_are_exact(sizes, n_anchors, more, own, count):
     work = layout(sizes, n_anchors, **more)
     ceiling = ceiling_of(work, own, count == 20)
     for by_place in (True, False):
-        index, similarity = ops.hardest(*work, own, ceiling, count, by_place)
+        index, similarity, below = ops.hardest(*work, own, ceiling, count, by_place)
+        assert torch.equal(below, below[:0] if ceiling is None else truth(work, own, ceiling).n)
         true = truth(work, own, ceiling, count, by_row=not by_place)
         there = torch.arange(count) < true.n[:, None]
         order = torch.nn.functional.pad(true.order, (0, count))[:, :count]
@@ -174,13 +174,13 @@ def test_the_hardest_are_exact(sizes, n_anchors, more, own, count):
         assert torch.equal(similarity, expected.to(work.dtype))
 
 
-def bounds_of(work, own, bounded):
-    """Bounds as the ops take them, and the truth of what they leave."""
-    if not bounded:
-        return (None, None, None), truth(work, own)
-    ceiling = ceiling_of(work, own, True)
-    threshold, ties, _ = ops.bounds(*work, own, ceiling, 30, 0.4)
-    return (ceiling, threshold, ties), truth(work, own, ceiling, 30, 0.4)
+NONE = (None, 2**63 - 1, 1.0)
+
+
+def cut_of(work, own, is_cut):
+    """A cut as the ops take it, and the truth of what it leaves."""
+    cut = (ceiling_of(work, own, True), 30, 0.4) if is_cut else NONE
+    return cut, truth(work, own, *cut)
 
 
 def close(found, expected):
@@ -188,44 +188,45 @@ def close(found, expected):
     torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("is_cut", [False, True])
 @pytest.mark.parametrize("tau", [TAU, 0.005])
 @layouts
-def test_negatives_add_up(sizes, n_anchors, more, bounded, tau):
+def test_negatives_add_up(sizes, n_anchors, more, is_cut, tau):
     work = layout(sizes, n_anchors, **more)
-    bounds, true = bounds_of(work, False, bounded)
-    lse, mean, away = ops.negatives(*work, *bounds, tau, True)
+    cut, true = cut_of(work, False, is_cut)
+    lse, mean, away, below = ops.negatives(*work, *cut, tau, True)
+    assert torch.equal(below, below[:0] if cut[0] is None else truth(work, False, cut[0]).n)
     logits = (true.s / tau).masked_fill(~true.mask, -math.inf)
     close(lse, logits.logsumexp(1))
     close(mean, logits.softmax(1).masked_fill(~true.mask, 0.0) @ true.rows)
     close(away, (true.s * true.mask).sum(1))
-    without = ops.negatives(*work, *bounds, tau, False)
+    without = ops.negatives(*work, *cut, tau, False)
     assert torch.equal(without[0], lse) and without[1].shape == (0,)
 
 
-@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("is_cut", [False, True])
 @layouts
-def test_positives_add_up(sizes, n_anchors, more, bounded):
+def test_positives_add_up(sizes, n_anchors, more, is_cut):
     work = layout(sizes, n_anchors, **more)
-    bounds, true = bounds_of(work, True, bounded)
-    lse = ops.negatives(*work, None, None, None, TAU, False)[0]
-    loss, weight, similar, pull = ops.positives(*work, *bounds, lse, TAU, True)
+    cut, true = cut_of(work, True, is_cut)
+    lse = ops.negatives(*work, *NONE, TAU, False)[0]
+    loss, weight, similar, pull = ops.positives(*work, *cut, lse, TAU, True)
     above = (lse[:, None].double() - true.s / TAU).masked_fill(~true.mask, -math.inf)
     close(loss, softplus(above).sum(1))
     close(weight, above.sigmoid().sum(1))
     close(similar, (true.s * true.mask).sum(1))
     close(pull, above.sigmoid() @ true.rows)
-    without = ops.positives(*work, *bounds, lse, TAU, False)
+    without = ops.positives(*work, *cut, lse, TAU, False)
     assert torch.equal(without[0], loss) and without[3].shape == (0,)
 
 
-@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("is_cut", [False, True])
 @sides
 @layouts
-def test_the_gradient_of_keys_adds_up(sizes, n_anchors, more, bounded, own):
+def test_the_gradient_of_keys_adds_up(sizes, n_anchors, more, is_cut, own):
     work = layout(sizes, n_anchors, **more)
-    bounds, true = bounds_of(work, own, bounded)
-    lse = ops.negatives(*work, *((None,) * 3 if own else bounds), TAU, False)[0]
+    cut, true = cut_of(work, own, is_cut)
+    lse = ops.negatives(*work, *(NONE if own else cut), TAU, False)[0]
     factor = torch.rand_like(lse)
     above = true.s / TAU - lse[:, None].double()
     w = -(-above).sigmoid() if own else above.exp()
@@ -233,7 +234,7 @@ def test_the_gradient_of_keys_adds_up(sizes, n_anchors, more, bounded, own):
     expected = torch.zeros(work.keys.shape, dtype=torch.float64)
     there = true.key >= 0
     expected[true.key[there]] = (w.T @ work.anchors.double())[there]
-    close(ops.keys_grad(*work, own, *bounds, lse, factor, TAU), expected)
+    close(ops.keys_grad(*work, *cut, own, lse, factor, TAU), expected)
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -269,29 +270,26 @@ def test_threads_change_nothing():
     count = torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        index, similarity = ops.hardest(*work, False, None, 100, True)
-        given = bounds_of(work, True, True)[0]
-        found.append([index, similarity, *given[1:]])
-        found[-1] += ops.positives(*work, *given, torch.ones(62), TAU, True)
+        found.append([*ops.hardest(*work, False, None, 100, True)])
+        found[-1] += ops.positives(*work, None, 30, 0.4, torch.ones(62), TAU, True)
     torch.set_num_threads(count)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @sides
-def test_bounds_hold_for_similarities_that_are_not_exact(own):
-    """Separate calls see the same bits: what counts is as much as was said, in every tile."""
+def test_as_many_count_as_were_wanted_where_similarities_are_rounded(own):
     for n_anchors, size in ((7, 400), (300, 3000)):
         work = layout([size, size // 2, size // 3], n_anchors, ordered=True)
         # few different rows: most similarities of an anchor occur many times
         rows = torch.randn(40, 12)[torch.randint(0, 40, (len(work.keys),))]
         work = work._replace(anchors=torch.randn_like(work.anchors), keys=rows)
-        threshold, ties, counts = ops.bounds(*work, own, None, 150, 0.2)
-        bounds = (None, threshold, ties)
+        counts = (truth(work, own).n * 0.2).ceil().clamp(max=150).long()
         if own:
             # sigmoid(inf) is 1: weights count
-            lse = torch.full_like(threshold, 1e4)
-            assert torch.equal(ops.positives(*work, *bounds, lse, 1.0, False)[1].long(), counts)
+            lse = torch.full_like(work.anchors[:, 0], 1e4)
+            weight = ops.positives(*work, None, 150, 0.2, lse, 1.0, False)[1]
+            assert torch.equal(weight.long(), counts)
         else:
-            lse = ops.negatives(*work, *bounds, 1e9, False)[0]
+            lse = ops.negatives(*work, None, 150, 0.2, 1e9, False)[0]
             assert torch.equal(lse.exp().round().long(), counts)

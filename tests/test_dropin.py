@@ -99,9 +99,7 @@ def test_queue_equals_the_formula_and_wants_no_gradient():
     few = pico_fast.PixelContrastLoss(0.1, 0.2, max_samples=64, max_views=10)
     known = row_labels < 2
     expected = queue_formula(rows[known], row_labels[known], queue[:2], 0.1) * 0.5
-    torch.testing.assert_close(
-        few(feats, labels, predict, queue[:2]).double(), expected, rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(few(feats, labels, predict, queue[:2]).double(), expected, rtol=1e-5, atol=0)
 
 
 def test_labels_and_predictions_come_at_any_resolution():

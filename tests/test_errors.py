@@ -200,9 +200,7 @@ WRONG = {
         "pool": NO_COUNT,
     },
     "ProjectionHead": {"in_channels": NO_COUNT, "embedding_dim": NO_COUNT},
-    "MemoryBank": NO_BANK
-    | NO_RANKS
-    | {"dtype": (torch.int8, "float32", None), "impl": ("fast", 3)},
+    "MemoryBank": NO_BANK | NO_RANKS | {"dtype": (torch.int8, "float32", None), "impl": ("fast", 3)},
     "PiCoLoss": NO_SELECTION
     | NO_BANK
     | NO_RANKS

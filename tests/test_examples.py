@@ -58,9 +58,7 @@ def camvid() -> Path:
     for place in places:
         if (place / "images" / "train").is_dir():
             return place
-    pytest.skip(
-        "CamVid is not here: set PICO_FAST_CAMVID to its folder, or put it into data/camvid"
-    )
+    pytest.skip("CamVid is not here: set PICO_FAST_CAMVID to its folder, or put it into data/camvid")
 
 
 def same(a: object, b: object, where: str = "checkpoint") -> None:
@@ -298,9 +296,7 @@ def test_camvid_reduced():
         " --embedding-dim 16 --max-samples 128 --pixel-queue-size 50 --region-queue-size 20"
         " --num-positives 16 --num-negatives 64 --synthesis-count 8"
     )
-    result = train_segmentation.train(
-        train_segmentation.parse([*options.split(), "--root", str(camvid())])
-    )
+    result = train_segmentation.train(train_segmentation.parse([*options.split(), "--root", str(camvid())]))
     assert list(result["iou"]) == list(segmentation_data.CAMVID_CLASSES)
     assert 0 < result["miou"] < 1
     last = result["curve"][-1]

@@ -10,6 +10,7 @@ import pico_fast
 from pico_fast.contrast import cpu, eager
 from pico_fast.regions import why_not_compiled
 from pico_fast.selection import layout as layouts
+from pico_fast.selection.layout import Cut
 from pico_fast.selection.options import SAMPLINGS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,9 +63,7 @@ def test_an_empty_slot_of_anchors_may_hold_anything(value):
     anchors, labels, *pairs = scene(False)
     spoiled = anchors.clone()
     spoiled[3] = value
-    for mine, theirs in zip(
-        each(spoiled, labels, *pairs), each(anchors, labels, *pairs), strict=True
-    ):
+    for mine, theirs in zip(each(spoiled, labels, *pairs), each(anchors, labels, *pairs), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -107,13 +106,13 @@ def test_elsewhere_a_key_of_nan_makes_nan_of_whom_it_meets(page):
     anchors, labels, keys, key_labels = scene(False, torch.bfloat16)
     keys[16, 2] = math.nan  # of class 0
     work = layouts.of_labels(*(x.to(DEVICE) for x in (anchors, labels, keys, key_labels)))
-    page, nobody, used = PAGES[page](), (None, None, None), work.anchor_class >= 0
+    page, nobody, used = PAGES[page](), Cut(), work.anchor_class >= 0
     other = used & (work.names[work.anchor_class] != 0)
-    lse, mean, away = page.negatives(*work.tensors, *nobody, 0.1, True)
+    lse, mean, away, _ = page.negatives(work, nobody, 0.1, True)
     assert lse[other].isnan().all() and mean[other].isnan().any(1).all()
     assert lse[used & ~other].isfinite().all()
     assert away[other].isnan().all() and (lse[~used] == -math.inf).all() and not mean[~used].any()
-    loss = page.positives(*work.tensors, *nobody, lse.nan_to_num(1.0), 0.1, True)[0]
+    loss = page.positives(work, nobody, lse.nan_to_num(1.0), 0.1, True)[0]
     assert loss[used & ~other].isnan().all() and loss[other].isfinite().all()
     assert not loss[~used].any()
 

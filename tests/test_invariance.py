@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 import pico_fast
 from pico_fast.selection import layout as layouts
 from pico_fast.selection import options
+from pico_fast.selection.layout import Cut
 
 # every key takes part: there is no draw that the order or the names of things could move
 SAMPLINGS = st.sampled_from(("all", "hardest"))
@@ -111,7 +112,7 @@ def test_keys_twice_are_the_same_positives_and_twice_the_negatives(figures, scen
 def test_parts_of_the_keys_add_up(figures, scene, n_parts):
     """Sums over parts of a bank, of any cut, and the formula over all of it."""
     anchors, anchor_labels, keys, key_labels, temperature = scene
-    ops, nobody, parts = torch.ops.pico_fast, (None, None, None), []
+    ops, nobody, parts = torch.ops.pico_fast, Cut(), []
     for index in torch.arange(len(keys)).chunk(n_parts) if len(keys) else ():
         label, order = key_labels[index].sort(stable=True)
         length = torch.stack([(label == c).sum() for c in range(5)])

@@ -7,6 +7,8 @@ import pytest
 import torch
 from kernel_scenes import DEVICE, KINDS
 
+from pico_fast.selection.layout import Cut, Layout
+
 gpu = pytest.importorskip("pico_fast.contrast.gpu", reason="needs Triton")
 launch = pytest.importorskip("pico_fast.selection.launch", reason="needs Triton")
 # numpy's, on exp2 and log2 of inf
@@ -17,7 +19,7 @@ if DEVICE == "cuda" and launch.rows.INTERPRETED:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # relative error of one rounding of a product's operand
 EPS = {torch.float32: 2**-11, torch.bfloat16: 2**-9, torch.float16: 2**-11}
-ALL = (None, None, None)
+ALL = Cut()
 
 
 @pytest.fixture(autouse=True)
@@ -47,16 +49,16 @@ def check(of, dtype, temperature):
     """All three ops on both sides."""
     of, relative = scenes.with_keys(of, dtype), rounding(dtype, temperature)
     truth = scenes.pairs(of, dtype if DEVICE == "cuda" or dtype == torch.float16 else None)
-    found = gpu.negatives(*of.tensors, *ALL, temperature, True)
+    found = gpu.negatives(of, ALL, temperature, True)[:3]
     for mine, expected in zip(found, scenes.negatives(truth, temperature), strict=True):
         near(mine, expected, relative)
     lse, z = found[0], found[0].cpu().double()
-    found = gpu.positives(*of.tensors, *ALL, lse, temperature, True)
+    found = gpu.positives(of, ALL, lse, temperature, True)
     for mine, expected in zip(found, scenes.positives(truth, z, temperature), strict=True):
         near(mine, expected, relative)
     factor = torch.randn(len(lse))
     for own in (False, True):
-        found = gpu.keys_grad(*of.tensors, own, *ALL, lse, factor.to(DEVICE), temperature)
+        found = gpu.keys_grad(of, ALL, own, lse, factor.to(DEVICE), temperature)
         expected = scenes.keys_grad(truth, own, z, factor.double(), temperature)
         near(found, expected, 4 * relative)
 
@@ -69,9 +71,7 @@ def test_every_layout(kind, dtype):
 
 
 @pytest.mark.parametrize("dim", (16, 19, 40))
-@pytest.mark.parametrize(
-    ("n_anchors", "classes", "per_class"), [(1, 2, 30), (9, 1, 64), (65, 9, 1)]
-)
+@pytest.mark.parametrize(("n_anchors", "classes", "per_class"), [(1, 2, 30), (9, 1, 64), (65, 9, 1)])
 def test_odd_sizes(n_anchors, classes, per_class, dim):
     for kind in ("labels", "bank"):
         check(scenes.layout(kind, n_anchors, dim, classes, per_class), torch.float32, 0.1)
@@ -96,8 +96,8 @@ def test_a_key_that_is_not_finite_shows():
     of = scenes.layout("full bank", 40, 16, 3, 40)
     c = of.anchor_class[0]
     of.keys[of.ranges[c, 0, 0]] = math.nan
-    lse, mean, away = gpu.negatives(*of.tensors, *ALL, 0.1, True)
-    loss, *_ = gpu.positives(*of.tensors, *ALL, torch.ones_like(lse), 0.1, True)
+    lse, mean, away, _ = gpu.negatives(of, ALL, 0.1, True)
+    loss, *_ = gpu.positives(of, ALL, torch.ones_like(lse), 0.1, True)
     used = of.anchor_class >= 0
     assert torch.equal(lse.isnan(), used & (of.anchor_class != c))
     assert torch.equal(away.isnan(), lse.isnan()) and mean[lse.isnan()].isnan().all()
@@ -109,8 +109,8 @@ def test_the_same_bits_and_no_matrix_where_none_is_wanted(kind):
     of = scenes.layout(kind, 70, 32, 5, 40)
     lse = torch.rand(70, device=DEVICE)
     for op, rest, matrix in ((gpu.negatives, (), 1), (gpu.positives, (lse,), 3)):
-        first, again = (op(*of.tensors, *ALL, *rest, 0.1, True) for _ in range(2))
-        without = op(*of.tensors, *ALL, *rest, 0.1, False)
+        first, again = (op(of, ALL, *rest, 0.1, True) for _ in range(2))
+        without = op(of, ALL, *rest, 0.1, False)
         assert without[matrix].shape == (0,)
         for i, (a, b, c) in enumerate(zip(first, again, without, strict=True)):
             assert torch.equal(a, b) and (i == matrix or torch.equal(a, c))
@@ -121,8 +121,8 @@ def test_the_number_of_splits_changes_rounding_alone(monkeypatch):
     results = []
     for processors in (1, 3, 16):
         monkeypatch.setattr(launch, "_device", lambda _, p=processors: (90, p))
-        found = gpu.negatives(*of.tensors, *ALL, 0.1, True)
-        results.append([*found, *gpu.positives(*of.tensors, *ALL, found[0], 0.1, True)])
+        found = gpu.negatives(of, ALL, 0.1, True)[:3]
+        results.append([*found, *gpu.positives(of, ALL, found[0], 0.1, True)])
     for result in results[1:]:
         for mine, first in zip(result, results[0], strict=True):
             torch.testing.assert_close(mine, first, rtol=1e-4, atol=1e-5)
@@ -134,9 +134,9 @@ def test_without_a_copy_engine(monkeypatch):
 
 
 def test_what_the_kernels_are_not_for():
-    def takes(anchors, keys, ceiling=None, threshold=None, ties=None, key_order=None):
+    def takes(anchors, keys, cut=ALL, key_order=None):
         ranges = torch.zeros(3, 1, 2, dtype=torch.int64)
-        return gpu.takes(anchors, keys, key_order, ranges, ceiling, threshold, ties, temperature=1)
+        return gpu.takes(Layout(anchors, None, keys, key_order, ranges, None), cut, 0.1, True)
 
     bf16, fp32 = torch.empty(3, 16, dtype=torch.bfloat16), torch.empty(3, 16)
     assert takes(fp32, bf16) and takes(bf16, bf16) and takes(fp32, fp32)
@@ -144,15 +144,12 @@ def test_what_the_kernels_are_not_for():
     assert not takes(torch.empty(3, 513), torch.empty(2, 513, dtype=torch.bfloat16))
     assert not takes(fp32, bf16[:0]) and not takes(fp32[:0], bf16)
     assert not takes(fp32, bf16, key_order=torch.empty(0, dtype=torch.int64))
-    assert not takes(fp32, bf16, ceiling=fp32[:, 0])
-    assert not takes(fp32, bf16, threshold=fp32[:, 0], ties=torch.zeros(3))
+    assert not takes(fp32, bf16, Cut(fp32[:, 0])) and not takes(fp32, bf16, Cut(None, 3, 0.1))
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     assert not takes(fp32, fp32) and takes(fp32, bf16)
 
 
-@pytest.mark.parametrize(
-    ("blocks", "processors"), [(32, 132), (70, 132), (1, 132), (128, 132), (500, 132)]
-)
+@pytest.mark.parametrize(("blocks", "processors"), [(32, 132), (70, 132), (1, 132), (128, 132), (500, 132)])
 def test_splits_fill_whole_waves(blocks, processors):
     splits = launch.choose_splits(blocks, processors, 12)
     waves = -(-blocks * splits // processors)

@@ -9,6 +9,7 @@ from kernel_scenes import DEVICE, KINDS
 
 from pico_fast import reference
 from pico_fast.selection import eager
+from pico_fast.selection.layout import Layout
 
 gpu = pytest.importorskip("pico_fast.selection.gpu", reason="needs Triton")
 SEED = torch.tensor(5)
@@ -23,7 +24,7 @@ def tf32():
 
 def check(of, own, count, narrow=None, exact=False):
     """Similarities to rounding, index sets equal outside a rounding band; `exact`: the very indices."""
-    found = gpu.hardest(*of.tensors, own, None, count, False)
+    found = gpu.hardest(of, own, None, count, False)
     index, similarity = found[0].cpu(), found[1].cpu().double()
     truth = scenes.pairs(of, narrow)
     candidate, sign = truth.side(own), -1 if own else 1
@@ -116,7 +117,7 @@ def test_a_similarity_of_nan_is_the_hardest():
     row = int(of.ranges[1, 0, 0]) + 2
     of.keys[row] = math.nan
     for own in (False, True):
-        index, similarity = gpu.hardest(*of.tensors, own, None, 5, False)
+        index, similarity, _ = gpu.hardest(of, own, None, 5, False)
         meets = (of.anchor_class == 1) == own
         meets &= of.anchor_class >= 0
         assert (index[meets, 0] == row).all() and similarity[meets, 0].isnan().all()
@@ -132,7 +133,8 @@ def test_narrow_keys(dtype):
 def test_what_the_kernels_are_not_for():
     def takes(anchors, keys, count=5, ceiling=None, by_place=False):
         ranges = torch.zeros(3, 1, 2, dtype=torch.int64)
-        return gpu.takes_hardest(anchors, keys, None, ranges, ceiling, count, by_place, own=True)
+        layout = Layout(anchors, None, keys, None, ranges, None)
+        return gpu.takes_hardest(layout, True, ceiling, count, by_place)
 
     bf16, fp32 = torch.empty(3, 512, dtype=torch.bfloat16), torch.empty(3, 16)
     assert takes(bf16, bf16) and takes(fp32, fp32) and takes(fp32, fp32, gpu.MAX_COUNT)
@@ -179,9 +181,7 @@ def test_mixes_are_those_of_the_reference(dim, unit, temperature):
     lse = s.masked_fill(~exists, -math.inf).logsumexp(1)
     weight = torch.exp(s - lse[:, None]).masked_fill(~exists, 0.0).nan_to_num(0.0)
     mean = torch.einsum("am,amd->ad", weight, mixed)
-    torch.testing.assert_close(
-        found[0].cpu().double(), lse, rtol=1e-5, atol=1e-3 * (not unit) + 1e-4
-    )
+    torch.testing.assert_close(found[0].cpu().double(), lse, rtol=1e-5, atol=1e-3 * (not unit) + 1e-4)
     torch.testing.assert_close(found[1].cpu().double(), mean, rtol=1e-3, atol=1e-4)
     plain = eager.mix_negatives(*tensors, *rest, SEED)
     torch.testing.assert_close(found[1].cpu(), plain[1], rtol=1e-3, atol=1e-4)

@@ -106,9 +106,7 @@ def test_the_bank_is_read_as_it_was_before_the_batch():
         on_grid, logits, 24, 5, 1, num_classes=CLASSES, seed=draws.step_seed(0, 2)
     )
     anchors = x.permute(0, 2, 3, 1).flatten(0, 2)[pixel]
-    expected = pico_fast.contrast(
-        anchors.double(), anchor_labels, keys, key_labels, impl="reference"
-    )
+    expected = pico_fast.contrast(anchors.double(), anchor_labels, keys, key_labels, impl="reference")
     loss = criterion(x, labels, logits)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     # the update came before this backward and left no trace in it

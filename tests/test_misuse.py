@@ -145,9 +145,7 @@ def test_a_second_derivative_is_right_or_an_error(call, figures):
         (grad,) = torch.autograd.grad(own, x, create_graph=True)
         torch.testing.assert_close(second, torch.autograd.grad(grad.square().sum(), x)[0])
     else:
-        with pytest.raises(
-            RuntimeError, match="contrast: expected a backward without create_graph"
-        ):
+        with pytest.raises(RuntimeError, match="contrast: expected a backward without create_graph"):
             torch.autograd.grad(function(x), x, create_graph=True)
     figures.add("misuse", "circumstances")
 

@@ -29,9 +29,7 @@ def test_the_table_is_that_of_the_results():
 
 
 def test_every_place_that_is_known_has_a_model_that_trains():
-    packages = {library: library for library in models_table.LIBRARIES} | {
-        "mmsegmentation": "mmseg"
-    }
+    packages = {library: library for library in models_table.LIBRARIES} | {"mmsegmentation": "mmseg"}
     trained = {(packages[row["library"]], row["tap"]) for row in RESULTS["models"].values()}
     known = {(place.library.partition(".")[0], place.path) for place in KNOWN}
     assert trained == known

@@ -1,19 +1,19 @@
 """Which implementation an op takes on a GPU: the choice itself, with the kernels interpreted."""
 
-import functools
-
 import kernel_scenes as scenes
 import pytest
 import torch
 
 from pico_fast import on_gpu
+from pico_fast.selection import eager
+from pico_fast.selection.layout import Cut
 
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the dispatcher chooses"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
-OPS = {op.name().partition("::")[2]: op for op in on_gpu._OPS}
+OPS = {name: (page, takes) for page, name, takes in on_gpu._OPS}
 
 
 @pytest.fixture(autouse=True)
@@ -27,59 +27,56 @@ def calls(dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     of = scenes.with_keys(scenes.layout("bank", 9, 16, 3, 20), dtype)
     of = of._replace(keys=of.keys.nan_to_num(0.0), anchors=of.anchors.to(wide))
-    layout, ends = of.tensors, (None, None, None)
+    none = Cut()
     row = torch.rand(9, dtype=wide) + 12  # no Z is less than its largest term
-    index = OPS["hardest"](*layout, False, None, 5, False)[0]
+    index = eager.hardest(of, False, None, 5, False)[0]
     weight = torch.rand(9, 5, dtype=wide).masked_fill(index < 0, 0.0)
     return {
-        "negatives": (*layout, *ends, 0.1, True),
-        "positives": (*layout, *ends, row, 0.1, True),
-        "keys_grad": (*layout, False, *ends, row, row, 0.1),
-        "hardest": (*layout, False, None, 5, False),
+        "negatives": (of, none, 0.1, True),
+        "positives": (of, none, row, 0.1, True),
+        "keys_grad": (of, none, False, row, row, 0.1),
+        "hardest": (of, False, None, 5, False),
         "weighted_rows": (of.keys, index, weight),
-        "mix_negatives": (*layout[0::2][:2], index, of.order, 3, 2, 0.1, torch.tensor(1)),
+        "mix_negatives": (of.anchors, of.keys, index, of.order, 3, 2, 0.1, torch.tensor(1)),
     }
 
 
 def watch(op, monkeypatch):
-    """The op as on a GPU, and a list of when it ran in PyTorch."""
-    ran, (page, takes, otherwise) = [], on_gpu._OPS[OPS[op]]
+    """The op as on a GPU, as it is in PyTorch, and a list of when it ran there."""
+    ran, (page, takes) = [], OPS[op]
+    otherwise = getattr(page.eager, op)
 
-    @functools.wraps(otherwise)
     def watched(*args):
         ran.append(op)
         return otherwise(*args)
 
-    monkeypatch.setitem(on_gpu._OPS, OPS[op], (page, takes, watched))
-    return on_gpu._in_triton(OPS[op]), ran
+    monkeypatch.setattr(page.eager, op, watched)
+    return on_gpu._in_triton(page, op, takes), otherwise, ran
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.float64))
 @pytest.mark.parametrize("op", OPS)
 def test_whatever_runs_gives_the_same(op, dtype, monkeypatch):
-    args, (run, in_pytorch) = calls(dtype)[op], watch(op, monkeypatch)
-    found, expected = run(*args), OPS[op](*args)
+    args, (run, otherwise, in_pytorch) = calls(dtype)[op], watch(op, monkeypatch)
+    found, expected = run(*args), otherwise(*args)
     assert in_pytorch == ([op] if dtype == torch.float64 else [])
-    for mine, theirs in zip(
-        *(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True
-    ):
+    for mine, theirs in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
 
 
-def test_bounds_and_old_gpus_run_pytorch(monkeypatch):
+def test_cuts_and_old_gpus_run_pytorch(monkeypatch):
     args = calls(torch.float16)
-    layout, ceiling = args["negatives"][:6], torch.full((9,), 0.2)
-    threshold, ties, _ = torch.ops.pico_fast.bounds(*layout, False, ceiling, 5, 0.5)
+    layout, ceiling = args["negatives"][0], torch.full((9,), 0.2)
     for op, some in (
-        ("negatives", (*layout, ceiling, threshold, ties, 0.1, True)),
-        ("hardest", (*layout, False, ceiling, 5, False)),
-        ("hardest", (*layout, False, None, 5, True)),
+        ("negatives", (layout, Cut(ceiling, 5, 0.5), 0.1, True)),
+        ("hardest", (layout, False, ceiling, 5, False)),
+        ("hardest", (layout, False, None, 5, True)),
     ):
-        run, in_pytorch = watch(op, monkeypatch)
+        run, _, in_pytorch = watch(op, monkeypatch)
         run(*some)
         assert in_pytorch == [op]
     monkeypatch.setattr(on_gpu, "_is_new", lambda _: False)
     monkeypatch.setattr(on_gpu.importlib, "import_module", lambda name: pytest.fail(name))
-    run, in_pytorch = watch("negatives", monkeypatch)
+    run, _, in_pytorch = watch("negatives", monkeypatch)
     run(*args["negatives"])
     assert in_pytorch == ["negatives"]

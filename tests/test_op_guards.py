@@ -48,12 +48,13 @@ CALLS = {
         "which": index(2),
         "products": zeros(3, 2),
     },
-    "exclude_outside": {
+    "cut_rows": {
         "similarity": zeros(3, 2),
         "ceiling": zeros(3),
-        "threshold": zeros(3),
-        "ties": index(3),
+        "count": 4,
+        "fraction": 0.5,
         "own": False,
+        "below": index(3),
     },
     "add_negatives": {
         "similarity": zeros(3, 2),
@@ -85,14 +86,6 @@ CALLS = {
         "count": 4,
         "kept": index(3, 100),
         "tally": index(3, 3),
-    },
-    "bounds_of_kept": {
-        "kept": index(3, 100),
-        "tally": index(3, 3),
-        "wanted": index(3),
-        "own": False,
-        "threshold": zeros(3),
-        "ties": index(3),
     },
     "list_kept": {
         "kept": index(3, 100),
@@ -211,16 +204,18 @@ WRONG = {
         ({"which": index(2) - 1}, "index"),
         ({"which": index(2).int()}, "which"),
     ],
-    "exclude_outside": [
+    "cut_rows": [
         ({"similarity": zeros(6)}, "similarity"),
         ({"similarity": zeros(3, 2).half()}, "similarity"),
         ({"similarity": zeros(2, 3).T}, "similarity"),
         ({"similarity": zeros(3, 2).double()}, "ceiling"),
         ({"ceiling": zeros(2)}, "ceiling"),
-        ({"threshold": zeros(2)}, "threshold"),
-        ({"threshold": zeros(3).double()}, "threshold"),
-        ({"ties": index(2)}, "ties"),
-        ({"ties": index(3).int()}, "ties"),
+        ({"count": 0}, "count"),
+        ({"fraction": 0.0}, "fraction"),
+        ({"fraction": 1.01}, "fraction"),
+        ({"fraction": float("nan")}, "fraction"),
+        ({"below": index(2)}, "below"),
+        ({"below": index(3).int()}, "below"),
     ],
     "add_negatives": [
         *WRONG_TILE,
@@ -261,18 +256,6 @@ WRONG = {
         ({"tally": index(3, 3) + 100}, "tally"),
         ({"tally": index(3, 3) - 1}, "tally"),
     ],
-    "bounds_of_kept": [
-        ({"kept": index(300)}, "expected"),
-        ({"kept": index(2, 100)}, "tally"),
-        ({"tally": zeros(3, 3)}, "tally"),
-        ({"tally": index(3, 3) + 100}, "tally"),
-        ({"wanted": index(2)}, "wanted"),
-        ({"wanted": index(3) + 1}, "wanted"),
-        ({"wanted": index(3) - 1}, "wanted"),
-        ({"threshold": zeros(2)}, "threshold"),
-        ({"threshold": zeros(3).half()}, "similarity"),
-        ({"ties": index(4)}, "ties"),
-    ],
     "list_kept": [
         ({"kept": index(300)}, "expected"),
         ({"kept": index(2, 100)}, "tally"),
@@ -293,7 +276,6 @@ WRONG = {
         ({"weight": zeros(3, 2).half()}, "weights"),
         ({"keys": zeros(5, 4).double()}, "keys"),
         ({"keys": zeros(5, 4).bool()}, "keys"),
-        ({"index": many(2**31, 2), "weight": many(2**31, 2)}, "2\\^31"),
     ],
     "mix_negatives": [
         ({"anchors": zeros(12)}, "expected"),

@@ -15,6 +15,7 @@ from pico_fast.grid import _on_grid
 from pico_fast.regions import why_not_compiled
 from pico_fast.selection import eager
 from pico_fast.selection import layout as layouts
+from pico_fast.selection.layout import Cut, Layout
 from pico_fast.selection.options import SAMPLINGS
 
 ops = torch.ops.pico_fast
@@ -39,30 +40,23 @@ def layout(kind):
 
 
 def of_layout(name, kind):
-    """Arguments of an op that takes a layout first, once for all keys and once within bounds."""
+    """Arguments of an op that takes a layout first, once for all keys and once with a cut."""
     work, seed = layout(kind), torch.tensor(3)
     tensors, n = work.tensors, len(work.anchors)
     ceiling = torch.full((n,), 0.5)
     if name == "sample_keys":
         return [(work.ranges, work.names, work.key_order, work.sizes // 2, seed, 6, 20)]
-    if name == "bounds":
-        return [(*tensors, True, None, 3, 0.5), (*tensors, False, ceiling, 4, 0.5)]
     if name == "hardest":
         return [(*tensors, True, None, 3, True), (*tensors, False, ceiling, 4, False)]
-    sides = {}
-    for own, top in ((True, None), (False, ceiling)):
-        threshold, ties, _ = ops.bounds(*tensors, own, top, 3, 0.5)
-        sides[own] = ((None, None, None), (top, threshold, ties))
-    lse, factor = torch.randn(n), torch.rand(n)
+    none, lse, factor = tuple(Cut()), torch.randn(n), torch.rand(n)
+    cuts = {True: (none, (None, 3, 0.5)), False: (none, (ceiling, 3, 0.5))}
     if name == "negatives":
-        return [(*tensors, *bounds, 0.1, bounds[1] is None) for bounds in sides[False]]
+        return [(*tensors, *cut, 0.1, cut == none) for cut in cuts[False]]
     if name == "positives":
-        return [(*tensors, *bounds, lse, 0.1, bounds[1] is None) for bounds in sides[True]]
+        return [(*tensors, *cut, lse, 0.1, cut == none) for cut in cuts[True]]
     if name == "keys_grad":
-        return [
-            (*tensors, own, *bounds, lse, factor, 0.1) for own in sides for bounds in sides[own]
-        ]
-    pool, _ = ops.hardest(*tensors, False, None, 4, True)
+        return [(*tensors, *cut, own, lse, factor, 0.1) for own in cuts for cut in cuts[own]]
+    pool, *_ = ops.hardest(*tensors, False, None, 4, True)
     if name == "weighted_rows":
         return [(work.keys, pool, torch.rand(n, 4))]
     if name == "mix_negatives":
@@ -73,15 +67,14 @@ def of_layout(name, kind):
 def row_kernels(name):
     """Arguments of the C++ ops that others are made of: what they write they are given."""
     keys, similarity, which = torch.randn(9, 8), torch.randn(3, 5), torch.tensor([8, 0, 3, 3, 1])
-    ties, sums = torch.ones(3, dtype=torch.int64), [torch.zeros(3) for _ in range(3)]
+    number, sums = torch.ones(3, dtype=torch.int64), [torch.zeros(3) for _ in range(3)]
     kept, tally = (torch.zeros(3, n, dtype=torch.int64) for n in (100, 3))
     calls = {
         "multiply_few": (torch.randn(3, 8), keys, which, similarity),
-        "exclude_outside": (similarity, torch.ones(3), torch.zeros(3), ties, False),
+        "cut_rows": (similarity, torch.ones(3), 2, 0.5, False, number),
         "add_negatives": (similarity, keys, which, 0.1, *sums, torch.zeros(3, 8)),
         "add_positives": (similarity, keys, which, torch.ones(3), 0.1, *sums, None),
         "keep_hardest": (similarity, which, 0, torch.ones(3), False, 4, kept, tally),
-        "bounds_of_kept": (kept, tally, ties * 0, False, torch.zeros(3), ties),
         "list_kept": (kept, tally, False, kept[:, :4].clone(), torch.zeros(3, 4)),
     }
     return [calls[name]]
@@ -105,7 +98,6 @@ INSIDE = {
     "labels_of_finite": _labels_of_finite,
     "gather_pixels": pixels.gather_torch,
     "sample_keys": eager.sample_keys,
-    "bounds": eager.bounds,
     "hardest": eager.hardest,
     "weighted_rows": eager.weighted_rows,
     "mix_negatives": eager.mix_negatives,
@@ -113,6 +105,17 @@ INSIDE = {
     "positives": sums.positives,
     "keys_grad": sums.keys_grad,
 }
+
+
+def inside(name, *args):
+    """One of these, called as the op is."""
+    if name in ("negatives", "positives", "keys_grad"):
+        args = (Layout(*args[:6]), Cut(*args[6:9]), *args[9:])
+    elif name == "hardest":
+        args = (Layout(*args[:6]), *args[6:])
+    return INSIDE[name](*args)
+
+
 OPS = sorted(
     name.removeprefix("pico_fast::").partition(".")[0]
     for name in torch._C._dispatch_get_all_op_names()
@@ -143,7 +146,7 @@ def test_no_op_reads_anything_back_inside(name, kind, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     for args in calls(name, kind):
         expected = getattr(ops, name)(*args)
-        found = INSIDE[name](*(a.to("meta") if torch.is_tensor(a) else a for a in args))
+        found = inside(name, *(a.to("meta") if torch.is_tensor(a) else a for a in args))
         one = torch.is_tensor(found)
         for mine, real in [(found, expected)] if one else zip(found, expected, strict=True):
             assert mine.is_meta and mine.dtype == real.dtype and mine.shape == real.shape
@@ -154,9 +157,9 @@ def sixteenths(x):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ("bounds", "hardest", "negatives", "positives", "keys_grad"))
+@pytest.mark.parametrize("name", ("hardest", "negatives", "positives", "keys_grad"))
 def test_eager_ops_say_what_the_compiled_ones_say(name, kind, monkeypatch):
-    """Of exact products: the same bounds and lists to the bit, also block by block; the same sums."""
+    """Of exact products: the same lists to the bit, also block by block; the same sums."""
     for first in (True, False):
         torch.manual_seed(3)
         for args in of_layout(name, kind):
@@ -165,10 +168,10 @@ def test_eager_ops_say_what_the_compiled_ones_say(name, kind, monkeypatch):
             if not first:
                 monkeypatch.setattr(eager, "_BLOCK", 30)
                 monkeypatch.setattr(eager, "_TILE", 3)
-            found = INSIDE[name](*args)
+            found = inside(name, *args)
             one = torch.is_tensor(found)
             for mine, theirs in [(found, expected)] if one else zip(found, expected, strict=True):
-                if name in ("bounds", "hardest"):
+                if name == "hardest":
                     assert torch.equal(mine, theirs)
                 else:
                     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
@@ -216,7 +219,5 @@ def test_autocast_changes_nothing(sampling, in_batch):
         picks = pico_fast.select_keys(*pairs(False), sampling, **OPTIONS)
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine, theirs)
-    for mine, theirs in zip(
-        picks, pico_fast.select_keys(*pairs(False), sampling, **OPTIONS), strict=True
-    ):
+    for mine, theirs in zip(picks, pico_fast.select_keys(*pairs(False), sampling, **OPTIONS), strict=True):
         assert torch.equal(mine, theirs)

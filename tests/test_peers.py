@@ -46,9 +46,7 @@ def hardest(n_positives: int, n_negatives: int) -> Selection:
 def truth(anchors, labels, keys, key_labels, choice=EVERYTHING):
     """Loss and gradient by the reference in float64."""
     leaf = anchors.double().requires_grad_()
-    rows, counted = reference.contrast(
-        leaf, labels, keys.double(), key_labels, TEMPERATURE, choice, seed=0
-    )
+    rows, counted = reference.contrast(leaf, labels, keys.double(), key_labels, TEMPERATURE, choice, seed=0)
     loss = rows.sum() / counted.sum()
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
@@ -117,9 +115,7 @@ def test_attention_loss(attention, data):
 
 @needs_gpu
 @pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize(
-    "name", ("flash_attention", "cudnn_attention", "flex_attention", "analytic")
-)
+@pytest.mark.parametrize("name", ("flash_attention", "cudnn_attention", "flex_attention", "analytic"))
 def test_in_bfloat16_on_a_gpu(name, data):
     sizes = {"n_anchors": 70, "classes": 5, "slots": 130, "channels": 64}
     inputs = pairs(data, **sizes, device="cuda", dtype=torch.bfloat16)
@@ -251,9 +247,7 @@ def test_plain_contrast_of_a_sample(sampling, positives, data, block, counts):
 
 @pytest.mark.parametrize("blocks", (1, 4), ids=("scattered", "in blocks"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize(
-    "name", ("index_add", "scatter_reduce", "one_hot", "sorted_segments", "loop")
-)
+@pytest.mark.parametrize("name", ("index_add", "scatter_reduce", "one_hot", "sorted_segments", "loop"))
 def test_region_means(name, dtype, blocks):
     features = torch.randn(3, 6, 8, 12).to(dtype)
     labels = torch.randint(0, 4, (3, 8 // blocks, 12 // blocks))
@@ -279,9 +273,7 @@ def reference_bank(storage, pixels: int):
 @pytest.mark.parametrize("pixel_queue", (0, 5, 200))
 def test_the_loop_fills_the_bank_of_the_reference(pixel_queue):
     """Same regions, pointers and counts; pixels of the class, all of them where the queue holds them."""
-    ours, theirs = (
-        reference_bank(torch.zeros(4, pixel_queue + 3, 6), pixel_queue) for _ in range(2)
-    )
+    ours, theirs = (reference_bank(torch.zeros(4, pixel_queue + 3, 6), pixel_queue) for _ in range(2))
     per_class = [[] for _ in range(4)]
     for _ in range(3):
         embeddings = normalize(torch.randn(2, 6, 5, 7), dim=1)
@@ -355,9 +347,7 @@ def test_no_peer_allocates_more_than_it_says(sizes):
         needed = contrast.bytes_needed(name, n_anchors, len(inputs[2]), 32, classes)
         assert measure.allocated(call) <= needed, name
     for name in ("matmul_topk", "semi_hard", "chunked_topk"):
-        call = functools.partial(
-            differentiated, getattr(selection, name), *inputs, 5, 50, TEMPERATURE
-        )
+        call = functools.partial(differentiated, getattr(selection, name), *inputs, 5, 50, TEMPERATURE)
         needed = selection.bytes_needed(name, n_anchors, len(inputs[2]), 32, 5, 50, classes)
         assert measure.allocated(call) <= needed, name
     choice = check_selection("bounded", None, 5, 50, 0.1)

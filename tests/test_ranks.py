@@ -313,9 +313,7 @@ def _resumes(rank, world, store, folder, placement):
     state = {"loss": resumed.state_dict()}
     dcp.load(state, checkpoint_id=str(folder / "last"))
     resumed.load_state_dict(state["loss"])
-    for mine, theirs in zip(
-        trained(resumed, 3, 6, world), trained(whole, 3, 6, world), strict=True
-    ):
+    for mine, theirs in zip(trained(resumed, 3, 6, world), trained(whole, 3, 6, world), strict=True):
         assert torch.equal(mine, theirs)
     assert torch.equal(resumed.bank.storage, whole.bank.storage)
     dist.destroy_process_group()
@@ -325,9 +323,7 @@ def _resumes(rank, world, store, folder, placement):
 def test_a_killed_rank_ends_the_others_and_the_checkpoint_resumes(tmp_path, placement):
     with pytest.raises((processes.ProcessExitedException, processes.ProcessRaisedException)):
         # every process is joined: the first to end would end the others otherwise
-        context = processes.spawn(
-            _dies, (2, tmp_path / "store", tmp_path, placement), nprocs=2, join=False
-        )
+        context = processes.spawn(_dies, (2, tmp_path / "store", tmp_path, placement), nprocs=2, join=False)
         for process in context.processes:
             process.join(60)
         context.join()

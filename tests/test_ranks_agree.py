@@ -76,14 +76,10 @@ def train(n, monkeypatch, steps=5, of=batches, **options):
 @pytest.mark.parametrize(("n", "max_images"), ((2, None), (3, 3), (4, None)))
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_loss_gradient_and_bank_are_those_of_one_process(
-    sampling, placement, n, max_images, monkeypatch
-):
+def test_loss_gradient_and_bank_are_those_of_one_process(sampling, placement, n, max_images, monkeypatch):
     """In float64, so that no similarity lies within a rounding of a bound."""
     options = {"sampling": sampling, "bank_dtype": torch.float64}
-    found = train(
-        n, monkeypatch, 4, precise_batches, placement=placement, max_images=max_images, **options
-    )
+    found = train(n, monkeypatch, 4, precise_batches, placement=placement, max_images=max_images, **options)
     alone = make(max_samples=n * EVERY["max_samples"], max_views=SIZE * SIZE, **options)
     for step in range(4):
         loss, grad = step_of(alone, *joined(precise_batches(step, n)))
@@ -127,9 +123,7 @@ def test_a_sharded_bank_gives_what_contrast_gives(sampling, dtype, monkeypatch):
         parts = batches(step, n, dtype)
         anchors, labels = [], []
         for x, y in parts:
-            pixel, label = pico_fast.sample_anchors(
-                y, None, **EVERY, num_classes=CLASSES, ignore_index=255
-            )
+            pixel, label = pico_fast.sample_anchors(y, None, **EVERY, num_classes=CLASSES, ignore_index=255)
             rows = x.permute(0, 2, 3, 1).flatten(0, 2)
             anchors.append(rows[pixel] if len(rows) else rows.new_zeros(len(pixel), DIM))
             labels.append(label)
@@ -156,9 +150,7 @@ def test_local_is_one_process_each(monkeypatch):
     for rank, (criterion, out) in enumerate(found):
         alone = make()
         for step in range(5):
-            for mine, theirs in zip(
-                out[step], step_of(alone, *batches(step, 2)[rank]), strict=True
-            ):
+            for mine, theirs in zip(out[step], step_of(alone, *batches(step, 2)[rank]), strict=True):
                 assert torch.equal(mine, theirs)
         assert torch.equal(criterion.bank.storage, alone.bank.storage)
 
@@ -273,9 +265,7 @@ def test_a_recorded_backward_raises_on_shards_too(monkeypatch):
         embeddings, labels = batch(2, rank)
         criterion(embeddings, labels)
         x = embeddings.requires_grad_()
-        with pytest.raises(
-            RuntimeError, match="contrast: expected a backward without create_graph"
-        ):
+        with pytest.raises(RuntimeError, match="contrast: expected a backward without create_graph"):
             torch.autograd.grad(criterion(x, labels), x, create_graph=True)
 
     virtual_ranks.run(2, work, monkeypatch)

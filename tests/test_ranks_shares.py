@@ -37,17 +37,13 @@ def settings(sampling, positives=None, mixes=None, is_reference=False, temperatu
 
 def whole_bank(storage):
     """A bank of one process with these slots, as full as FILLED says."""
-    bank = pico_fast.MemoryBank(
-        CLASSES, DIM, PIXELS, REGIONS, dtype=storage.dtype, placement="local"
-    )
+    bank = pico_fast.MemoryBank(CLASSES, DIM, PIXELS, REGIONS, dtype=storage.dtype, placement="local")
     return filled(bank, storage)
 
 
 def filled(bank, storage):
     bank.storage.copy_(storage[:, bank.first_slot : bank.last_slot])
-    for count, values in zip(
-        (bank.pixel_count, bank.region_count), zip(*FILLED, strict=True), strict=True
-    ):
+    for count, values in zip((bank.pixel_count, bank.region_count), zip(*FILLED, strict=True), strict=True):
         count.copy_(torch.tensor(values))
     return bank
 
@@ -186,9 +182,7 @@ def test_without_a_gradient_nothing_else_changes(sampling, monkeypatch):
 @pytest.mark.parametrize("sampling", ("all", "hardest"))
 def test_a_key_of_nan_shows_on_every_rank(sampling, monkeypatch):
     """A bank takes none; what was written into its memory past it is not hidden."""
-    found, _, (_, _, labels) = both(
-        3, of_unit_length, settings(sampling), monkeypatch, wrong=math.nan
-    )
+    found, _, (_, _, labels) = both(3, of_unit_length, settings(sampling), monkeypatch, wrong=math.nan)
     meets = (labels > 0) & found[1]
     assert meets.any() and found[0][meets].isnan().all()
 

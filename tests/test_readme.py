@@ -43,9 +43,7 @@ def test_every_command_is_one_that_exists():
     for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
         for target in re.findall(r"\bmake ([a-z-]+)", text):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-        for path in re.findall(
-            r"`((?:pico_fast|kernels|csrc|tests|bench|examples)/[\w./]*)`", text
-        ):
+        for path in re.findall(r"`((?:pico_fast|kernels|csrc|tests|bench|examples)/[\w./]*)`", text):
             assert (ROOT / path).exists(), path
         for path in re.findall(r"\]\((\w[\w/.]*)\)", text):
             assert (ROOT / path).exists(), path

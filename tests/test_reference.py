@@ -135,8 +135,7 @@ def test_no_gradient_goes_through_the_making_of_a_mix():
     got = torch.autograd.grad(loss.sum(), (a, keys))
     similar = (a @ keys.T).tolist()
     pools = [
-        sorted((j for j in range(5) if key_labels[j] != i), key=lambda j: -similar[i][j])
-        for i in range(2)
+        sorted((j for j in range(5) if key_labels[j] != i), key=lambda j: -similar[i][j]) for i in range(2)
     ]
     pool = tensor([sorted(p[:2]) for p in pools])
     h, _ = reference.synthesise(a.detach(), keys.detach(), pool, torch.arange(2), 3, 2, 4)

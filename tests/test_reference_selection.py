@@ -90,9 +90,7 @@ def test_every_key_is_in_the_sample_equally_often(own):
     hits = torch.zeros(47)
     for seed in range(runs):
         hits[reference.sample_keys(labels, 7, own, seed)] += 1
-    for c, (n, k) in enumerate(
-        ((19, 7 if own else 5), (19, 7 if own else 5), (9, 7 if own else 3))
-    ):
+    for c, (n, k) in enumerate(((19, 7 if own else 5), (19, 7 if own else 5), (9, 7 if own else 3))):
         count, expected = hits[labels == c], runs * k / n
         assert count.sum() == runs * k
         # draws without replacement vary less than a multinomial: this bound is wide

@@ -1,4 +1,4 @@
-"""`select_keys`, samples and bounds: exact where they are exact, the same as the reference, uniform.
+"""`select_keys`, samples and cuts: exact where they are exact, the same as the reference, uniform.
 
 Products of sixteenths are exact on every processor, and so are their sums: whatever makes them,
 hundreds are equal, and picks are compared index by index. Of any rows a pick may be off by rounding.
@@ -15,6 +15,7 @@ from pico_fast import reference
 from pico_fast.selection import eager
 from pico_fast.selection import layout as layouts
 from pico_fast.selection import ops as choosing
+from pico_fast.selection.layout import Cut
 from pico_fast.selection.options import POSITIVES, SAMPLINGS, check_selection
 from pico_fast.selection.sample import draw_sample
 
@@ -124,9 +125,7 @@ def test_hardest_equals_brute_force(name, counts):
             chosen = index[i, :n]
             assert (index[i, n:] == -1).all() and (similarity[i, n:] == 0).all()
             assert len(set(chosen.tolist())) == n and set(chosen.tolist()) <= set(allowed.tolist())
-            torch.testing.assert_close(
-                similarity[i, :n].double(), exact[i, chosen], rtol=0, atol=3e-7
-            )
+            torch.testing.assert_close(similarity[i, :n].double(), exact[i, chosen], rtol=0, atol=3e-7)
             sign = -1 if positive else 1
             hardness = sign * similarity[i, :n]
             assert (hardness[:-1] >= hardness[1:]).all()
@@ -147,9 +146,7 @@ def test_picks_are_those_of_the_reference(name, sampling):
     for positives, fraction in zip((None, *POSITIVES), (0.3, 0.05, 0.5, 1.0, 0.2), strict=True):
         options = {"num_positives": 4, "num_negatives": 21, "hard_fraction": fraction}
         options |= {"sampling": sampling, "positives": positives, "seed": 11}
-        found, wanted = (
-            pico_fast.select_keys(*pairs, **options, impl=i) for i in (None, "reference")
-        )
+        found, wanted = (pico_fast.select_keys(*pairs, **options, impl=i) for i in (None, "reference"))
         for got, want in zip(found, wanted, strict=True):
             assert got.shape == want.shape and got.dtype == want.dtype
             assert torch.equal(got, want)
@@ -188,10 +185,7 @@ def test_samples_are_those_of_the_reference(name, own):
             of = eager.class_of_positions(found.ranges, width)[:n]
             assert torch.equal(work.names[of], labels[expected])
             wanted = (*work[4:5], work.names, work.key_order, found.sizes, torch.tensor(seed))
-            both = [
-                op(*wanted, 5 + (not own), width)
-                for op in (choosing.sample_keys, eager.sample_keys)
-            ]
+            both = [op(*wanted, 5 + (not own), width) for op in (choosing.sample_keys, eager.sample_keys)]
             for mine, theirs in zip(*both, strict=True):
                 assert torch.equal(mine, theirs)
 
@@ -223,14 +217,11 @@ def test_semi_hard_draws_uniformly_from_the_hardest_pool():
     beyond, distances = [], []
     for seed in range(6):
         sample = draw_sample(work, selection, False, torch.tensor(seed), slots)
-        _, _, counts = choosing.bounds(*sample.tensors, False, None, 2048, 0.1)
-        assert (counts == 2048).all()
-        index, _ = choosing.hardest(*sample.tensors, False, None, 2048, True)
+        assert (Cut(None, 2048, 0.1).wanted(sample.available(False)) == 2048).all()
+        index, *_ = choosing.hardest(sample, False, None, 2048, True)
         for i, c in enumerate((0, 7)):
             assert len(index[i].unique()) == 2048
-            others = exact[i][eager.class_of_positions(ranges, len(keys)) != c].sort(
-                descending=True
-            )[0]
+            others = exact[i][eager.class_of_positions(ranges, len(keys)) != c].sort(descending=True)[0]
             pool = math.ceil(0.1 * len(others))
             rank = torch.searchsorted(-others, -exact[i, index[i]]).sort()[0]
             beyond.append(float((rank >= pool).double().mean()))
@@ -247,9 +238,7 @@ def test_semi_hard_is_the_hard_pool_where_the_sample_is_everything():
     options = {"num_positives": 200, "num_negatives": 600, "hard_fraction": 0.3}
     found = pico_fast.select_keys(*pairs, "semi_hard", **options, seed=3)
     whole = pico_fast.select_keys(*pairs, "hardest", **options)
-    for (positive, index, similarity), (_, _, hardest) in zip(
-        sides(found), sides(whole), strict=True
-    ):
+    for (positive, index, similarity), (_, _, hardest) in zip(sides(found), sides(whole), strict=True):
         for i in range(len(index)):
             n = math.ceil(0.3 * len(candidates(pairs, i, positive)))
             assert (index[i] >= 0).sum() == n
@@ -277,9 +266,7 @@ def test_contrast_uses_what_select_keys_selects(sampling, name):
         options |= {"num_positives": 4, "num_negatives": 30, "hard_fraction": 0.2}
         found = pico_fast.select_keys(anchors, anchor_labels, keys, key_labels, **options)
         leaf = anchors.clone().requires_grad_()
-        rows = pico_fast.contrast(
-            leaf, anchor_labels, keys, key_labels, 0.1, **options, reduction="none"
-        )
+        rows = pico_fast.contrast(leaf, anchor_labels, keys, key_labels, 0.1, **options, reduction="none")
         exact = anchors.double().requires_grad_()
         columns = exact if keys is None else keys.double()
         expected = []
@@ -313,9 +300,7 @@ def test_empty_slots_between_the_keys_change_nothing(name, step):
             pico_fast.select_keys(anchors, anchor_labels, *rest, sampling, **options)
             for rest in ((sparse, labels), (keys, key_labels))
         )
-        for (_, index, similarity), (_, wanted, products) in zip(
-            sides(found), sides(dense), strict=True
-        ):
+        for (_, index, similarity), (_, wanted, products) in zip(sides(found), sides(dense), strict=True):
             width = wanted.shape[1]  # "all" has a column for each key
             expected = torch.where(wanted < 0, -1, wanted * step + step - 1)
             assert torch.equal(index[:, :width], expected) and (index[:, width:] == -1).all()
@@ -331,9 +316,7 @@ def test_empty_slots_between_the_keys_change_nothing(name, step):
 def test_labels_up_to_2_to_the_62(sampling):
     anchors, anchor_labels, keys, key_labels = exact_bank("clustered")
     # in the order of the small ones, and of the same lower 32 bits: their draws are the same
-    names = torch.tensor(
-        [0, 2**32 + 1, 2**33 + 2, 2**61 + 3, 2**61 + 2**40 + 4, 2**62 + 5, -(2**62)]
-    )
+    names = torch.tensor([0, 2**32 + 1, 2**33 + 2, 2**61 + 3, 2**61 + 2**40 + 4, 2**62 + 5, -(2**62)])
     options = {"num_positives": 4, "num_negatives": 21, "hard_fraction": 0.3, "seed": 4}
     for synthesis in (None, pico_fast.Synthesis(3, 2, 6)):
         found = pico_fast.contrast(

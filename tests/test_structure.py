@@ -151,9 +151,7 @@ def test_reference_is_used_by_tests():
 
 
 def test_kernels_have_one_name():
-    run = subprocess.run(
-        [sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode != 0
     assert "pico_fast.kernels" in run.stderr
 

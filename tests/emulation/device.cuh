@@ -140,9 +140,8 @@ void launch(void (*kernel)(Parameters...), int device, int64_t blocks, int threa
 inline void* shared_memory() { return emulation::shared; }
 
 inline void copy_async(void* to, const void* from) {
-  STD_TORCH_CHECK(
-      reinterpret_cast<uintptr_t>(to) % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0,
-      "a misaligned copy");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(to) % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0,
+                  "a misaligned copy");
   emulation::running->open.push_back({to, from});
 }
 
@@ -194,8 +193,8 @@ inline int __shfl_sync(unsigned, int value, int from) {
 
 inline int __shfl_up_sync(unsigned, int value, int by) {
   const int self = static_cast<int>(emulation::thread.x) % kWarp;
-  return emulation::with_exchange(
-      value, [&](const int* lane) { return lane[std::max(self - by, self % by)]; });
+  return emulation::with_exchange(value,
+                                  [&](const int* lane) { return lane[std::max(self - by, self % by)]; });
 }
 
 }  // namespace pico_fast

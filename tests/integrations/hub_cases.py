@@ -50,9 +50,7 @@ def _upernet(backbone: transformers.PreTrainedConfig) -> nn.Module:
 
 
 def _mobilenet() -> nn.Module:
-    config = transformers.MobileNetV2Config(
-        num_labels=CLASSES, depth_multiplier=0.5, output_stride=8
-    )
+    config = transformers.MobileNetV2Config(num_labels=CLASSES, depth_multiplier=0.5, output_stride=8)
     return transformers.MobileNetV2ForSemanticSegmentation(config)
 
 
@@ -106,8 +104,7 @@ def call_masks(
     """
     classes = [image[image < CLASSES].unique() for image in labels]
     masks = [
-        (image == present[:, None, None]).float()
-        for image, present in zip(labels, classes, strict=True)
+        (image == present[:, None, None]).float() for image, present in zip(labels, classes, strict=True)
     ]
     outputs = model(images, mask_labels=masks, class_labels=classes)
     shares = outputs.class_queries_logits.softmax(-1)[..., :-1]
@@ -119,9 +116,7 @@ TORCHVISION = (
     Case(
         "DeepLabV3, ResNet-50",
         "torchvision",
-        lambda: segmentation.deeplabv3_resnet50(
-            weights=None, weights_backbone=None, num_classes=CLASSES
-        ),
+        lambda: segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=CLASSES),
         "classifier.4",
         8,
     ),

@@ -26,9 +26,7 @@ CONTRAST = {
 }
 
 
-@pytest.mark.parametrize(
-    "command", [command for command in trainers.COMMANDS if "mmseg" in command]
-)
+@pytest.mark.parametrize("command", [command for command in trainers.COMMANDS if "mmseg" in command])
 def test_command_of_the_page(command, tmp_path):
     printed = trainers.run(command, tmp_path)
     number = r"([\d.-]+)"

@@ -13,12 +13,8 @@ COMMANDS = re.findall(r"^    (python examples/.*)$", PAGE, re.MULTILINE)
 
 def run(command: str, folder: Path) -> str:
     """What a command prints, started in an empty folder."""
-    words = [
-        str(ROOT / word) if word.startswith("examples/") else word for word in command.split()[1:]
-    ]
-    done = subprocess.run(
-        [sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=300
-    )
+    words = [str(ROOT / word) if word.startswith("examples/") else word for word in command.split()[1:]]
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
 
