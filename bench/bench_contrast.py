@@ -29,9 +29,7 @@ def parametrised(on_cpu: list, on_gpu: list):
     """Cases of each device; those of the other are not collected."""
     on_gpu = on_gpu if torch.cuda.is_available() else []
     return [
-        pytest.param(
-            device, *case, id="-".join(str(getattr(x, "name", x)) for x in (device, *case))
-        )
+        pytest.param(device, *case, id="-".join(str(getattr(x, "name", x)) for x in (device, *case)))
         for device, these in (("cpu", on_cpu), ("cuda", on_gpu))
         for case in these
     ]
@@ -102,9 +100,7 @@ def compared(
             least_ratio=CPU_BARS["two products"],
         )
     else:
-        product = Run(
-            product_of(operations), least_ratio=GPU_BARS["product of the same operations"]
-        )
+        product = Run(product_of(operations), least_ratio=GPU_BARS["product of the same operations"])
         runs["product of the same operations"] = product
     bars = CPU_BARS if device == "cpu" else GPU_BARS
     for name, run in losses(pairs, device).items():

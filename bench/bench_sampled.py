@@ -37,7 +37,7 @@ def operations(name: str, n_anchors: int, sizes: tuple[list[int], list[int]]) ->
     An anchor meets the sampled positives of its own class alone, counted as a class's mean number.
     """
     of_class, sampled = sum(sizes[0]) / len(sizes[0]), sum(sizes[1])
-    # of negatives within bounds the weighted sum needs few keys
+    # of negatives that a cut leaves the weighted sum needs few keys
     weighted = sampled if name == "random" else COUNTS[1]
     return 2.0 * n_anchors * CHANNELS * (sampled + weighted + 2 * of_class)
 
@@ -90,9 +90,7 @@ def test_sampled(compare, device, data_set, name):
         sizes = (n_anchors, len(pairs.keys), CHANNELS, *COUNTS)
         call = with_gradient(selection.semi_hard, *pairs, *COUNTS, TEMPERATURE)
         runs["full matrix"] = Run(call, None, selection.bytes_needed("semi_hard", *sizes))
-        if (
-            why_not_run(runs["full matrix"], device) is None
-        ):  # draws differ, their mean loss does not
+        if why_not_run(runs["full matrix"], device) is None:  # draws differ, their mean loss does not
             mine, theirs = (runs[which].call()[0] for which in ("pico_fast", "full matrix"))
             torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=2e-2, atol=0)
     compare(case, runs)

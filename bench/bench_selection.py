@@ -68,9 +68,7 @@ def test_a_mostly_empty_bank_costs_what_it_holds(compare, device):
         "pico_fast": Run(ours.against_a_bank(packed, "hardest", times=times)),
         "packed": Run(alone, 1e-3, 0, 0.5),
     }
-    case = Case(
-        "mostly empty bank", COCO_STUFF.name, len(packed.keys), 256, share, detail="hardest"
-    )
+    case = Case("mostly empty bank", COCO_STUFF.name, len(packed.keys), 256, share, detail="hardest")
     compare(case, runs)
 
 

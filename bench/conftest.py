@@ -114,9 +114,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> object:
     done = yield
     bar.update()
     folder, found = item.config.getoption("record"), item.config.stash[RESULTS]
-    if (
-        folder and found.rows
-    ):  # after every benchmark: a session that is cut short keeps what it has
+    if folder and found.rows:  # after every benchmark: a session that is cut short keeps what it has
         found.write(folder / file_name(found.machine))
     return done
 
@@ -140,9 +138,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     for name, count in found.counts.items():
         terminalreporter.write_line(f"{name}: {count}")
     if config.getoption("record"):
-        terminalreporter.write_line(
-            f"written: {config.getoption('record') / file_name(found.machine)}"
-        )
+        terminalreporter.write_line(f"written: {config.getoption('record') / file_name(found.machine)}")
 
 
 def in_words(row: Row, ours: list[float]) -> str:

@@ -86,11 +86,7 @@ def bar_is_met(row: Row, rows: list[Row]) -> bool | None:
 
 def fastest_peer(rows: list[Row]) -> Row | None:
     """The fastest timed run of a case that is neither ours nor a floor."""
-    peers = [
-        row
-        for row in rows
-        if median(row) is not None and row.run not in FLOORS and not is_ours(row)
-    ]
+    peers = [row for row in rows if median(row) is not None and row.run not in FLOORS and not is_ours(row)]
     return min(peers, key=median, default=None)
 
 

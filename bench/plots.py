@@ -82,17 +82,13 @@ def draw_lines(axes: Axes, lines: Series, dashed: Series) -> None:
         )
         handles.append((points[-1][1] / points[-1][0], handle))
     for style, (name, points) in zip(itertools.cycle(("--", ":")), dashed.items(), strict=False):
-        (handle,) = axes.plot(
-            *zip(*points, strict=True), style, label=name, color=CEILING_COLOUR, zorder=1
-        )
+        (handle,) = axes.plot(*zip(*points, strict=True), style, label=name, color=CEILING_COLOUR, zorder=1)
         handles.append((points[-1][1] / points[-1][0], handle))
     # a key's part, for not all lines reach the same number of keys
     handles.sort(key=lambda item: -item[0])
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.legend(
-        handles=[handle for _, handle in handles], loc="center left", bbox_to_anchor=(1.02, 0.5)
-    )
+    axes.legend(handles=[handle for _, handle in handles], loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 
 def subject(rows: list[Row]) -> str:

@@ -112,9 +112,7 @@ def machine(device: str) -> dict[str, str]:
         found["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
         found["triton"] = triton.__version__
         driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(
-            driver, capture_output=True, text=True
-        ).stdout.splitlines()[0]
+        found["driver"] = subprocess.run(driver, capture_output=True, text=True).stdout.splitlines()[0]
     return found
 
 

@@ -111,8 +111,9 @@ def operations(s: Setting) -> float:
         strategy, drawn = s.selection.strategy(own), s.sample(own)
         if drawn:
             met = drawn // s.classes if own else drawn
-            # similarities and a weighted sum; similarities once more for a bound
-            pairs += s.anchors * met * (2 + s.selection.has_bounds(own))
+            # similarities, and a weighted sum of those that count
+            weighed = min(met, s.selection.count(own)) if s.selection.is_cut(own) else met
+            pairs += s.anchors * (met + weighed)
         else:
             # all ranks' anchors meet this share; of its class alone where they are positives
             shards = s.ranks if s.sharded else 1

@@ -98,10 +98,7 @@ def verdict(arm: str, differences: list[float], where: str) -> str:
 
 def command(results: dict[int, Result], arm: str) -> str:
     """The command that made an arm, from what its files say; only what is not the default."""
-    kept = [
-        {**r["settings"], "threads": r["machine"]["threads"], "seed": None}
-        for r in results.values()
-    ]
+    kept = [{**r["settings"], "threads": r["machine"]["threads"], "seed": None} for r in results.values()]
     if any(settings != kept[0] for settings in kept):
         raise SystemExit(f"{arm}: its seeds were run with different settings")
     default = settings_of(parse(["--data", "camvid", "--root", "PATH"]))

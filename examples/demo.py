@@ -92,9 +92,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, ignore_index=IGNORE)
 
 
-def train(
-    name: str, use_pico: bool, images: Tensor, labels: Tensor, options: argparse.Namespace
-) -> Run:
+def train(name: str, use_pico: bool, images: Tensor, labels: Tensor, options: argparse.Namespace) -> Run:
     """A network trained on images [N, 3, H, W] with labels [N, H, W]."""
     torch.manual_seed(options.seed)
     network = SegmentationNetwork(len(CLASSES), width=16, stem_stride=1)
@@ -145,9 +143,7 @@ def test(run: Run, images: Tensor, labels: Tensor, options: argparse.Namespace) 
         raise SystemExit("demo failed: the features of the test scenes are not finite")
 
 
-def contrast_seconds(
-    run: Run, images: Tensor, labels: Tensor, options: argparse.Namespace
-) -> float:
+def contrast_seconds(run: Run, images: Tensor, labels: Tensor, options: argparse.Namespace) -> float:
     """Median time of the criterion alone: its forward with the bank's update, and its backward
     down to the embeddings, in the state that training has left."""
     run.network.train()
@@ -170,9 +166,7 @@ def report(plain: Run, pico: Run, contrast: float) -> None:
     columns = [100 * class_iou(run.confusion) for run in (plain, pico)]
     print("\nIoU in % on test scenes, and filled slots of the bank")
     print(f"{'':<10}{'CE':>7}{'CE+PiCo':>9}{'change':>8}{'pixels':>9}{'regions':>9}")
-    rows = zip(
-        CLASSES, *columns, bank.pixel_count.tolist(), bank.region_count.tolist(), strict=True
-    )
+    rows = zip(CLASSES, *columns, bank.pixel_count.tolist(), bank.region_count.tolist(), strict=True)
     for name, before, after, pixels, regions in rows:
         change = after - before
         print(f"{name:<10}{before:7.1f}{after:9.1f}{change:+8.1f}{pixels:9d}{regions:9d}")

@@ -120,9 +120,7 @@ def _tree(canvas: _Canvas, x: float, ground: float, scale: float) -> None:
     height = scale * canvas.rng.uniform(26, 36)
     trunk = (x - 1.3 * scale, ground - 0.55 * height, x + 1.3 * scale, ground)
     canvas.rectangle(trunk, _shade((92, 70, 50), canvas.rng.uniform(0.7, 1.2)), TREE)
-    _leaves(
-        canvas, x, ground - 0.68 * height, scale * canvas.rng.uniform(9, 13), 0.4 * height, TREE
-    )
+    _leaves(canvas, x, ground - 0.68 * height, scale * canvas.rng.uniform(9, 13), 0.4 * height, TREE)
 
 
 def _bush(canvas: _Canvas, x: float, ground: float, scale: float) -> None:

@@ -111,9 +111,7 @@ class TrainingStream(Dataset):
     def image_of(self, draw: int) -> int:
         """The image of a draw: position in the seed's permutation for that epoch."""
         epoch, position = divmod(draw, len(self.folder))
-        return int(
-            np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.folder))[position]
-        )
+        return int(np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.folder))[position])
 
     def __getitem__(self, draw: int) -> tuple[Tensor, Tensor]:
         """Image [3, H, W] float32 and labels [H, W] int64."""
@@ -128,9 +126,7 @@ class TrainingStream(Dataset):
             pixels, classes = pixels.flip(2), classes.flip(1)
         return self._recolour(pixels, rng), classes
 
-    def _crop(
-        self, pixels: Tensor, classes: Tensor, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def _crop(self, pixels: Tensor, classes: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A window of `size` somewhere in the image; what lies outside it is ignored."""
         height, width = self.size
         rows, columns = classes.shape

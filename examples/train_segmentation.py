@@ -59,13 +59,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     model.add_argument("--lr", type=float, default=1e-3)
     model.add_argument("--weight-decay", type=float, default=1e-2)
     model.add_argument("--seed", type=int, default=0)
-    model.add_argument(
-        "--amp", nargs="?", const="bf16", default="off", choices=("off", "bf16", "fp16")
-    )
+    model.add_argument("--amp", nargs="?", const="bf16", default="off", choices=("off", "bf16", "fp16"))
     model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    model.add_argument(
-        "--threads", type=int, help="CPU threads; runs agree bit for bit at one count"
-    )
+    model.add_argument("--threads", type=int, help="CPU threads; runs agree bit for bit at one count")
 
     pico = parser.add_argument_group("PiCo")
     pico.add_argument("--loss", choices=("ce", "pico"), default="pico")
@@ -116,9 +112,7 @@ class AnyAnchors(pico_fast.PiCoLoss):
         return super().forward(embeddings, labels, None)
 
 
-def build_pico(
-    options: argparse.Namespace, channels: int, images: int
-) -> tuple[nn.Module, nn.Module]:
+def build_pico(options: argparse.Namespace, channels: int, images: int) -> tuple[nn.Module, nn.Module]:
     """Projection head and joint loss: all that PiCo adds to a network."""
     synthesis = None
     if options.synthesis:
@@ -167,9 +161,7 @@ def evaluate(network: nn.Module, loader: DataLoader, options: argparse.Namespace
     for image, labels in loader:
         with autocast(options):
             logits, _ = network(image.to(options.device))
-        logits = F.interpolate(
-            logits.float(), labels.shape[1:], mode="bilinear", align_corners=False
-        )
+        logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
         predictions = logits.argmax(1).cpu()
         total += confusion_matrix(predictions, labels, options.num_classes, options.ignore_index)
     network.train()
@@ -259,9 +251,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     start = load_checkpoint(options.checkpoint, parts, settings, device) if options.resume else 0
     size, scale = tuple(options.size), tuple(options.scale)
-    stream = TrainingStream(
-        train_set, size, options.seed, options.ignore_index, Augmentation(scale)
-    )
+    stream = TrainingStream(train_set, size, options.seed, options.ignore_index, Augmentation(scale))
     # a generator of their own keeps the loaders from drawing from the one that is checkpointed
     common = {"num_workers": options.workers, "generator": torch.Generator()}
     draws = range(start * options.batch_size, steps * options.batch_size)
@@ -327,8 +317,7 @@ def named_iou(options: argparse.Namespace, confusion: Tensor) -> dict[str, float
     names = CAMVID_CLASSES if options.data == "camvid" else range(options.num_classes)
     values = class_iou(confusion).tolist()
     return {
-        str(name): None if math.isnan(value) else value
-        for name, value in zip(names, values, strict=True)
+        str(name): None if math.isnan(value) else value for name, value in zip(names, values, strict=True)
     }
 
 

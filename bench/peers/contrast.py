@@ -153,9 +153,7 @@ def analytic(
             tile = part.flatten(0, 1)
             s = product(rows, tile.T, buffer[: len(rows) * len(tile)].view(len(rows), -1))
             s.view(len(rows), len(part), -1)[own, anchor_labels[own] - c] = -torch.inf
-            new_top, weights, sums = weigh(
-                s, top, keys.dtype if keys.is_cuda else s.dtype, not compiled
-            )
+            new_top, weights, sums = weigh(s, top, keys.dtype if keys.is_cuda else s.dtype, not compiled)
             shrink = torch.exp(top - new_top)
             total.mul_(shrink).add_(sums)
             out.mul_(shrink[:, None]).add_(product(weights, tile))
@@ -304,9 +302,7 @@ def cut_cross_entropy(
     target = torch.zeros(len(anchors), dtype=torch.int64, device=keys.device)
     options = {"impl": "cce"} if keys.is_cuda else {"impl": "torch_compile"}
     with torch.enable_grad():
-        loss = linear_cross_entropy(
-            leaf, keys, target, reduction="none", filter_eps=None, **options
-        )
+        loss = linear_cross_entropy(leaf, keys, target, reduction="none", filter_eps=None, **options)
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     lse = loss.detach() + (leaf.detach() @ keys[0]).to(loss.dtype)
     return lse, (gradient + keys[0]).to(anchors.dtype) / temperature

@@ -8,8 +8,7 @@ from torch.nn.functional import embedding_bag
 def product(
     left: Tensor,  # [n, D] or [C, n, D]
     right: Tensor,  # [D, m] or [C, D, m]
-    out: Tensor
-    | None = None,  # [n, m] or [C, n, m], float32; a place to write to if the product is
+    out: Tensor | None = None,  # [n, m] or [C, n, m], float32; a place to write to if the product is
 ) -> Tensor:
     """A matrix product in float32; of 16-bit factors, summed in float32, where `right` is so on a GPU."""
     multiply = torch.mm if left.dim() == 2 else torch.bmm

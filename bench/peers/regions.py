@@ -81,7 +81,5 @@ def loop(
     means = []
     for image, label in zip(features, labels, strict=True):
         present = set(label.unique().tolist())
-        means += [
-            image[:, label == c].mean(1) if c in present else nothing for c in range(num_classes)
-        ]
+        means += [image[:, label == c].mean(1) if c in present else nothing for c in range(num_classes)]
     return torch.stack(means).view(len(labels), num_classes, -1)

@@ -124,9 +124,7 @@ def plain(
         queries = rows[here]
         present, counts = labels[here].unique_consecutive(return_counts=True)
         stops = counts.cumsum(0)
-        classes = list(
-            zip(present.tolist(), (stops - counts).tolist(), stops.tolist(), strict=True)
-        )
+        classes = list(zip(present.tolist(), (stops - counts).tolist(), stops.tolist(), strict=True))
         ceiling = None
         if sampling == "bounded":
             ceiling = torch.empty_like(queries[:, 0])
