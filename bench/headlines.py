@@ -15,7 +15,6 @@ IN_WORDS = {
     "product of the same operations": "one product of as many operations",
     "plain PyTorch": "the same sample in plain PyTorch",
     "plain PyTorch, in blocks": "the same in blocks of anchors",
-    "full matrix": "draws from all keys",
 }
 # benches that know the peak memory of loss and gradient with all keys
 MEMORY = ("memory, by number of keys", "contrast, all keys", "contrast, by number of keys")

@@ -1,10 +1,8 @@
-"""Loss on the hardest keys, or draws from the hardest, by stock operations: scalars with a gradient.
+"""Loss on the hardest keys by stock operations: scalars with a gradient.
 
 Every peer takes (anchors, anchor_labels, keys, key_labels, num_positives, num_negatives, temperature).
 Where it says "class by class", keys are sorted by class and all classes have one size.
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -138,35 +136,6 @@ def faiss_hardest(
     )
 
 
-def semi_hard(
-    anchors: Tensor,  # [A, D] float32
-    anchor_labels: Tensor,  # [A] int64
-    keys: Tensor,  # [K, D], classes of one size
-    key_labels: Tensor,  # [K] int64
-    num_positives: int,
-    num_negatives: int,
-    temperature: float,
-    hard_fraction: float = 0.1,
-) -> Tensor:
-    """Loss on draws of each anchor's own from the hardest pools, as the paper's words have it: a scalar.
-
-    The full similarity, two topk and random lots.
-    """
-    s = anchors.to(keys.dtype) @ keys.T
-    positive = anchor_labels[:, None] == key_labels
-
-    def draw(hardness: Tensor, candidates: int, count: int) -> Tensor:
-        pool = hardness.topk(max(1, math.ceil(hard_fraction * candidates))).indices
-        lots = torch.rand(pool.shape, device=s.device)
-        chosen = lots.topk(min(count, pool.shape[1])).indices
-        return s.gather(1, pool.gather(1, chosen)).to(anchors.dtype)
-
-    of_class = int(positive[0].sum())
-    hard = draw(s.detach().masked_fill(positive, -torch.inf), len(keys) - of_class, num_negatives)
-    easy = draw((-s.detach()).masked_fill(~positive, -torch.inf), of_class, num_positives)
-    return _loss(easy, hard, temperature)
-
-
 def bytes_needed(
     name: str,
     anchors: int,
@@ -178,13 +147,12 @@ def bytes_needed(
 ) -> int:
     """Bytes that a peer allocates beyond its inputs: rather too many, to refuse what cannot fit.
 
-    Counted as float32, for anchors spread over classes of one size; chunks and fractions as by default.
+    Counted as float32, for anchors spread over classes of one size; chunks as by default.
     """
     pairs, slots, picked_keys = anchors * keys, -(-keys // classes), num_positives + num_negatives
     own_class = 8 * anchors * slots + 16 * keys + 16 * anchors * channels
     values = {
         "matmul_topk": 4 * pairs,
-        "semi_hard": 5 * pairs,
         "chunked_topk": 2 * anchors * min(keys, 32768) + 16 * anchors * picked_keys + own_class,
         "faiss_hardest": 8 * anchors * (picked_keys + slots) + own_class,
     }
