@@ -16,7 +16,8 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// Of a row a few values foretell where the wanted ones end; so few candidates are left to a sort.
+// Values of a row that foretell where the wanted ones end; candidates that are left to a selection; and
+// columns that are looked at together.
 constexpr int64_t kSample = 64, kFew = 128, kGroup = 64;
 
 // Bits of hardness of a row, and how many of them are candidates'; what the ceiling leaves out is
@@ -34,6 +35,7 @@ PICO_FAST_INLINE inline Bits<T> rank(const T* row, int64_t w, T sign, T ceiling,
   return found;
 }
 
+// How many of the bits [w] lie below a bound.
 template <typename B>
 PICO_FAST_INLINE inline B count(const B* bits, int64_t w, B bound) {
   B found = 0;
@@ -42,6 +44,7 @@ PICO_FAST_INLINE inline B count(const B* bits, int64_t w, B bound) {
   return found;
 }
 
+// Whether any of the bits [n] lies from `low` on and below `high`.
 template <typename B>
 PICO_FAST_INLINE inline B between(const B* bits, int64_t n, B low, B high) {
   B some = 0;

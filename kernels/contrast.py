@@ -1,4 +1,4 @@
-"""Contrast without bounds in Triton: one pass over the negatives, one over each anchor's own class.
+"""Contrast without a cut in Triton: one pass over the negatives, one over each anchor's own class.
 
 Anchors and positions of keys stand class by class (`pico_fast.selection.layout`), so "same class" is a
 range of positions. A position is a row of `keys`, or with `key_order` its entry there holds the row.

@@ -27,7 +27,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SEED = torch.tensor(2**63 - 1)
 # tests that reach C++ in their own process
 TESTS = "anchors bank bank_state budget contrast cpu_ops exact finite invariance loss misuse"
-TESTS += " op_guards ops regions selection synthesis tap"
+TESTS += " op_guards ops regions selection synthesis attach"
 
 
 def check_library() -> None:

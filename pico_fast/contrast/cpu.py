@@ -121,7 +121,8 @@ def _few_negatives(
     mean = torch.zeros_like(pairs.queries) if want_mean else None
     for tile, found in counted(pairs, False, cut):
         rows, keys = tile.rows, (tile.keys, tile.which)
-        below[rows] = found
+        if found is not None:
+            below[rows] = found
         sums = (*(x[rows] for x in (top, total, away)), None if mean is None else mean[rows])
         _ops.add_negatives(tile.similarity, *keys, temperature, *sums)
     if want_mean:

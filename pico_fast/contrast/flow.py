@@ -49,8 +49,7 @@ class Side(NamedTuple):
     layout: Layout  # of this rank's anchors, or where the keys stay in shares of all ranks'
     cut: Cut
     picks: Picks | None  # where the keys stay in shares in rank order, else in class order
-    # [A] int64, how many keys each of this rank's anchors is compared with, or below a ceiling could be
-    count: Tensor
+    count: Tensor  # [A] int64, how many keys count for each of this rank's anchors; with a ceiling at most
     share: Share | None  # set where the keys stay in shares
 
 

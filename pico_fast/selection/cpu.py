@@ -1,7 +1,8 @@
-"""Cuts and the hardest keys on a CPU, tile by tile of the keys; nothing of size anchors x keys is held.
+"""Cuts and the hardest keys on a CPU, tile by tile; never all anchors' similarities with all keys at once.
 
 A tile is made of neighbouring keys and the anchors that meet them: all anchors, or those of the class.
-`tiles` makes its similarities for every op, so that calls for the same layout see the same bits.
+Where a cut decides, it holds whole rows: all keys that a block of anchors meets. `tiles` makes the
+similarities for every op, so that calls for the same layout see the same bits.
 """
 
 import math
@@ -17,7 +18,7 @@ from torch import Tensor
 from pico_fast.selection.layout import Cut, Layout
 
 # similarities of one tile, in a size that stays in the caches; of one that holds whole rows
-_TILE, _WHOLE = 2**20, 3 * 2**21
+_TILE, _WHOLE = 2**19, 3 * 2**21
 # up to so many anchors keys are multiplied as they lie; for more it pays to take and convert them first
 FEW, _FEW_TILE = 16, 2**16
 
@@ -59,7 +60,7 @@ class Tile(NamedTuple):
     rows: slice  # of the anchors
     first: int  # column
     where: slice | Tensor  # rows of all keys
-    similarity: Tensor  # [n, w]
+    similarity: Tensor  # [n, w], rows apart
     keys: Tensor  # [w, D] in the dtype of similarities, or [*, D] as they lie
     which: Tensor | None  # [w] int64, which of these keys; None: all
 
@@ -145,14 +146,15 @@ def tiles(
     """All pairs of one side; the others in a tile are `excluded`: None: of hardness -inf.
 
     `whole`: a tile holds all columns that its anchors meet. The next tile takes the memory of its
-    similarities.
+    similarities and of its keys.
     """
     excluded = (math.inf if own else -math.inf) if excluded is None else excluded
     steps = _steps(pairs, own, whole)
     sizes = ((rows.stop - rows.start) * _padded(last - first) for rows, first, last in steps)
     largest = max(sizes, default=0)
     buffer = pairs.queries.new_empty(largest)
-    columns = where = taken = None
+    widest = max((last - first for _, first, last in steps), default=0)
+    converted, columns, where, taken = None, None, None, None
     for rows, first, last in steps:
         queries, which = pairs.queries[rows], None
         padded = _padded(last - first)
@@ -164,7 +166,12 @@ def tiles(
             keys, which = (pairs.keys[where], None) if is_slice else (pairs.keys, where)
             _ops.multiply_few(queries, keys, which, products)
         else:
-            taken = pairs.keys[where].to(queries.dtype) if taken is None else taken
+            if taken is None and isinstance(where, slice) and pairs.keys.dtype == queries.dtype:
+                taken = pairs.keys[where]
+            elif taken is None:
+                if converted is None:
+                    converted = queries.new_empty(widest, queries.shape[1])
+                taken = converted[: last - first].copy_(pairs.keys[where])
             keys = taken
             torch.mm(queries, keys.T, out=products)
         tile = Tile(rows, first, where, products, keys, which)
@@ -177,11 +184,12 @@ def tiles(
         yield tile
 
 
-def counted(pairs: Pairs, own: bool, cut: Cut) -> Iterator[tuple[Tile, Tensor]]:
-    """The tiles of one side without what does not count; and how many lie below the ceiling [n]."""
+def counted(pairs: Pairs, own: bool, cut: Cut) -> Iterator[tuple[Tile, Tensor | None]]:
+    """The tiles of one side without what a cut leaves out; and how many a cut chose from [n]."""
     for tile in tiles(pairs, own, whole=not cut.is_none):
-        below = pairs.key.new_zeros(len(tile.similarity))
+        below = None
         if not cut.is_none:
+            below = pairs.key.new_empty(len(tile.similarity))
             ceiling, *share = cut.of(tile.rows)
             _ops.cut_rows(tile.similarity, ceiling, *share, own, below)
         yield tile, below
@@ -223,7 +231,7 @@ def hardest(
     count: int,
     by_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `hardest`: keys of one side [A, count], hardest first; their similarities; their number."""
+    """The op `hardest`: keys [A, count] and similarities, hardest first; how many lie below a ceiling."""
     pairs, n_anchors = pairs_of(layout), layout.anchors.shape[0]
     n = len(pairs.queries)  # behind them stand empty slots
     kept, tally = _keep(pairs, own, ceiling, count, by_place)

@@ -1,4 +1,4 @@
-"""Selection in PyTorch on any device: sample, bounds, lists, mixes. Nothing is read back to the host."""
+"""Selection in PyTorch on any device: sample, cut, lists, mixes. Nothing is read back to the host."""
 
 import math
 from typing import NamedTuple
