@@ -1,9 +1,5 @@
 // Cuts on a CPU: of a whole row of similarities the hardest share below a ceiling stays, exact.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <vector>
@@ -14,14 +10,11 @@
 namespace pico_fast {
 namespace {
 
-using torch::stable::parallel_for;
-
 // Values of a row that foretell where the wanted ones end; candidates that are left to a selection; and
 // columns that are looked at together.
 constexpr int64_t kSample = 64, kFew = 128, kGroup = 64;
 
-// Bits of hardness of a row, and how many of them are candidates'; what the ceiling leaves out is
-// none.
+// Bits of hardness of a row, and how many of them are candidates'; what the ceiling leaves out is none.
 template <typename T>
 PICO_FAST_INLINE inline Bits<T> rank(const T* row, int64_t w, T sign, T ceiling, Bits<T>* bits) {
   Bits<T> found = 0;
@@ -116,8 +109,7 @@ struct Scratch {
   }
 };
 
-// Cuts a row [w]; returns how many candidates lie below the ceiling, which is nan where there is
-// none.
+// Cuts a row [w]; returns how many candidates lie below the ceiling, which is nan where there is none.
 template <typename T>
 int64_t cut_row(T* row, T sign, T ceiling, int64_t count, double fraction, Scratch<T>& scratch) {
   const auto w = static_cast<int64_t>(scratch.bits.size());
@@ -161,7 +153,7 @@ void cut_rows(const Tensor& similarity, const std::optional<Tensor>& ceiling_, i
   });
 }
 
+STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) { m.impl("cut_rows", TORCH_BOX(&cut_rows)); }
+
 }  // namespace
 }  // namespace pico_fast
-
-STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) { m.impl("cut_rows", TORCH_BOX(&pico_fast::cut_rows)); }

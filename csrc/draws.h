@@ -2,11 +2,7 @@
 
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <cstdint>
+#include "tensors.h"
 
 namespace pico_fast {
 
@@ -20,10 +16,9 @@ inline uint32_t lowbias32(uint32_t x) {
 inline uint32_t fold(uint32_t state, uint32_t word) { return lowbias32((state ^ word) + 0x9e3779b9u); }
 
 // The state of a hash after its seed, an int64 tensor of one value.
-inline uint32_t fold_seed(const torch::stable::Tensor& seed) {
-  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "seed: expected one int64");
-  const auto word = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+inline uint32_t fold_seed(const Tensor& seed) {
+  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed: expected one int64");
+  const auto word = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
   return fold(fold(0, static_cast<uint32_t>(word)), static_cast<uint32_t>(word >> 32));
 }
 

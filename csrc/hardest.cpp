@@ -4,10 +4,6 @@
 // of them, the softest of which bounds what is worth keeping from there on. The order is total: the
 // result depends neither on the tiles nor on the number of threads.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
 #include <optional>
 
 #include "order.h"
@@ -15,8 +11,6 @@
 
 namespace pico_fast {
 namespace {
-
-using torch::stable::parallel_for;
 
 // Columns that are looked at together: often none of them is hard enough.
 constexpr int64_t kGroup = 32;
@@ -104,9 +98,8 @@ void check_filled(const Tally* tallies, int64_t n, int64_t room) {
   STD_TORCH_CHECK(inside, "tally: expected no more than there is room for");
 }
 
-// similarity [n, w], of excluded pairs of hardness -inf; name [w] int64 or none: column `first` +
-// j; ceiling [n] or none; kept [n, room] int64 (of float64 [n, 2 room]) and tally [n, 3] int64 go
-// on
+// similarity [n, w], of excluded pairs of hardness -inf; name [w] int64 or none: column `first` + j;
+// ceiling [n] or none; kept [n, room] int64 (of float64 [n, 2 room]) and tally [n, 3] int64 go on
 void keep_hardest(const Tensor& similarity, const std::optional<Tensor>& name_, int64_t first,
                   const std::optional<Tensor>& ceiling_, bool own, int64_t count, const Tensor& kept,
                   const Tensor& tally) {
@@ -123,20 +116,14 @@ void keep_hardest(const Tensor& similarity, const std::optional<Tensor>& name_, 
     auto* words = in_place<int64_t>(kept, {n, width}, "kept");
     check_filled(tallies, n, room);
     const T sign = own ? -1 : 1;
-    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        Tally& told = tallies[i];
-        const auto softest = ~static_cast<Bits<T>>(told.softness);
-        Row<T> row{reinterpret_cast<Word<T>*>(words + i * width),
-                   room,
-                   count,
-                   told.filled,
-                   told.seen,
-                   std::min(softest, kLowest<T>)};
-        const T top = ceiling ? ceiling[i] : std::numeric_limits<T>::quiet_NaN();
-        vectorised([&]() PICO_FAST_INLINE { row.look(from[i], sign, top, name, first, w); });
-        told = {row.filled, row.seen, static_cast<int64_t>(~row.least)};
-      }
+    parallel_each(n, 1, [&](int64_t i) {
+      Tally& told = tallies[i];
+      auto* at = reinterpret_cast<Word<T>*>(words + i * width);
+      const auto least = std::min(~static_cast<Bits<T>>(told.softness), kLowest<T>);
+      Row<T> row{at, room, count, told.filled, told.seen, least};
+      const T top = ceiling ? ceiling[i] : std::numeric_limits<T>::quiet_NaN();
+      vectorised([&]() PICO_FAST_INLINE { row.look(from[i], sign, top, name, first, w); });
+      told = {row.filled, row.seen, static_cast<int64_t>(~row.least)};
     });
   });
 }
@@ -154,27 +141,25 @@ void list_kept(const Tensor& kept, const Tensor& tally, bool own, const Tensor& 
     using T = decltype(precision);
     auto* values = in_place<T>(similarity, {n, count}, "similarity");
     check_filled(tallies, n, room_of<T>(kept, 1));
-    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        auto* row = reinterpret_cast<Word<T>*>(words + i * width);
-        const int64_t filled = tallies[i].filled;
-        const int64_t last = std::min(filled, count);
-        if (last > 0 && last < filled) std::nth_element(row, row + last - 1, row + filled);
-        std::sort(row, row + last);
-        for (int64_t j = 0; j < count; ++j) {
-          const T hardness = j < last ? hardness_of<T>(row[j]) : T(0);
-          numbers[i * count + j] = j < last ? int64_t{static_cast<uint32_t>(row[j])} : -1;
-          values[i * count + j] = own ? T(0) - hardness : hardness;
-        }
+    parallel_each(n, 1, [&](int64_t i) {
+      auto* row = reinterpret_cast<Word<T>*>(words + i * width);
+      const int64_t filled = tallies[i].filled;
+      const int64_t last = std::min(filled, count);
+      if (last > 0 && last < filled) std::nth_element(row, row + last - 1, row + filled);
+      std::sort(row, row + last);
+      for (int64_t j = 0; j < count; ++j) {
+        const T hardness = j < last ? hardness_of<T>(row[j]) : T(0);
+        numbers[i * count + j] = j < last ? int64_t{static_cast<uint32_t>(row[j])} : -1;
+        values[i * count + j] = own ? T(0) - hardness : hardness;
       }
     });
   });
 }
 
+STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) {
+  m.impl("keep_hardest", TORCH_BOX(&keep_hardest));
+  m.impl("list_kept", TORCH_BOX(&list_kept));
+}
+
 }  // namespace
 }  // namespace pico_fast
-
-STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) {
-  m.impl("keep_hardest", TORCH_BOX(&pico_fast::keep_hardest));
-  m.impl("list_kept", TORCH_BOX(&pico_fast::list_kept));
-}

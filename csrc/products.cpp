@@ -1,9 +1,5 @@
 // Products of few anchors and keys on a CPU: keys are read where they lie, in their own dtype.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
 #include <bit>
 #include <cstring>
 #include <optional>
@@ -13,19 +9,16 @@
 namespace pico_fast {
 namespace {
 
-using torch::stable::parallel_for;
-
 // Rows that are asked for ahead of the one in hand.
 constexpr int64_t kAhead = 4;
 // Rows and keys whose products are in hand at once, and columns of a tile that one task multiplies.
 constexpr int64_t kRows = 2, kKeys = 4, kColumns = 64;
 
-// Channels of a key in two halves that meet in pairs: the even and the odd ones of bfloat16, which
-// a word of 32 bits holds without a conversion; else the first and the last. An odd one stays
-// behind.
+// Channels of a key in two halves that meet in pairs: the even and the odd ones of bfloat16, which a word
+// of 32 bits holds without a conversion; else the first and the last. An odd one stays behind.
 template <typename S, typename T>
 struct Halves {
-  static constexpr bool kWords = std::is_same_v<S, float> && std::is_same_v<T, torch::headeronly::BFloat16>;
+  static constexpr bool kWords = std::is_same_v<S, float> && std::is_same_v<T, BFloat16>;
 
   static PICO_FAST_INLINE void load(const T* key, int64_t half, int64_t d, S& one, S& other) {
     if constexpr (kWords) {
@@ -99,24 +92,22 @@ void multiply_few(const Tensor& rows_, const Tensor& keys, const std::optional<T
   const int64_t n = rows_.size(0), D = rows_.size(1), w = products_.size(1);
   const int64_t* which = checked_which(keys, which_, w);
   STD_TORCH_CHECK(keys.size(1) == D, "keys: expected as many channels as rows");
-  const Tensor arranged = torch::stable::new_empty(rows_, {n, D});
+  const Tensor arranged = new_empty(rows_, {n, D});
   with_dtypes(rows_, keys, [&](auto sum, auto key) {
     using S = decltype(sum);
     using T = decltype(key);
     const S* rows = in_place<S>(rows_, {n, D}, "rows");
-    auto* to = static_cast<S*>(arranged.mutable_data_ptr());
+    auto* to = arranged.mutable_data_ptr<S>();
     for (int64_t i = 0; i < n; ++i) Halves<S, T>::arrange(rows + i * D, D, to + i * D);
     const auto products = rows_in_place<S>(products_, n, w, "products");
-    const auto* all = static_cast<const T*>(keys.const_data_ptr());
-    parallel_for(0, (w + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
+    const auto* all = keys.const_data_ptr<T>();
+    parallel_for(0, divide_up(w, kColumns), 1, [&](int64_t begin, int64_t end) {
       multiply(to, n, all, which, D, begin * kColumns, std::min(end * kColumns, w), products);
     });
   });
 }
 
+STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) { m.impl("multiply_few", TORCH_BOX(&multiply_few)); }
+
 }  // namespace
 }  // namespace pico_fast
-
-STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) {
-  m.impl("multiply_few", TORCH_BOX(&pico_fast::multiply_few));
-}

@@ -1,24 +1,17 @@
 // Region pooling on a CPU: the mean feature of every class in every image, and its gradient.
 //
-// A label outside [0, C) stands for row C, which is summed like the others and dropped at the end:
-// no branch per pixel, no write out of bounds. One task owns a block of channels of one image and
-// adds its pixels in their order: the bits of a sum depend neither on the layout nor on the number
-// of threads.
+// A label outside [0, C) stands for row C, which is summed like the others and dropped at the end: no
+// branch per pixel, no write out of bounds. One task owns a block of channels of one image and adds its
+// pixels in their order: the bits of a sum depend neither on the layout nor on the number of threads.
 
 #include "regions.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
 #include <memory>
 #include <tuple>
 #include <vector>
 
 namespace pico_fast {
 namespace {
-
-using torch::stable::parallel_for;
 
 // Planes that one task walks side by side: enough independent chains of additions to hide their
 // latency, and no more than the ways of a first-level cache, because planes that are a power of two
@@ -27,12 +20,13 @@ constexpr int64_t kPlanes = 8;
 
 // The row [B, P] that each pixel is added to, and how many pixels each class has: counts [B, C].
 std::vector<int32_t> rows_and_counts(const Tensor& labels, int64_t C, int64_t* counts) {
-  const Tensor dense = torch::stable::contiguous(labels);
+  const Tensor dense = contiguous(labels);
   const int64_t B = labels.size(0), P = labels.size(1) * labels.size(2);
   std::vector<int32_t> rows(B * P);
-  with_label_type(labels.scalar_type(), [&](auto type) {
+  constexpr auto kExpected = "labels: expected int64, int32 or uint8";
+  with_type<int64_t, int32_t, uint8_t>(labels.scalar_type(), kExpected, [&](auto type) {
     using L = decltype(type);
-    const L* label = static_cast<const L*>(dense.const_data_ptr());
+    const L* label = dense.const_data_ptr<L>();
     parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
       std::vector<int64_t> count(C + 1);
       for (int64_t b = begin; b < end; ++b) {
@@ -83,21 +77,19 @@ void pool(const T* features, const int32_t* rows, const int64_t* counts, int64_t
   const int64_t size = (C + 1) * width;
   const std::unique_ptr<Sum<T>[]> sums(new Sum<T>[B * stretches * blocks * size]);
 
-  parallel_for(0, B * stretches * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task % blocks, b = task / blocks / stretches;
-      const int64_t first = task / blocks % stretches * stretch;
-      const int64_t count = std::min(stretch, P - first);
-      const T* image = features + b * D * P;
-      const int32_t* row = rows + b * P + first;
-      Sum<T>* sum = sums.get() + task * size;
-      std::fill_n(sum, size, Sum<T>{0});
-      if (pixels) {
-        add_pixels(image + first * D, row, count, D, sum);
-      } else {
-        const int64_t d = block * width;
-        add_planes(image + d * P + first, row, count, P, std::min(width, D - d), sum);
-      }
+  parallel_each(B * stretches * blocks, 1, [&](int64_t task) {
+    const int64_t block = task % blocks, b = task / blocks / stretches;
+    const int64_t first = task / blocks % stretches * stretch;
+    const int64_t count = std::min(stretch, P - first);
+    const T* image = features + b * D * P;
+    const int32_t* row = rows + b * P + first;
+    Sum<T>* sum = sums.get() + task * size;
+    std::fill_n(sum, size, Sum<T>{0});
+    if (pixels) {
+      add_pixels(image + first * D, row, count, D, sum);
+    } else {
+      const int64_t d = block * width;
+      add_planes(image + d * P + first, row, count, P, std::min(width, D - d), sum);
     }
   });
 
@@ -127,15 +119,15 @@ std::tuple<Tensor, Tensor> region_pool(const Tensor& features, const Tensor& lab
   const int64_t B = features.size(0), D = features.size(1);
   const int64_t P = features.size(2) * features.size(3);
   const bool pixels = in_pixels(features);
-  const Tensor dense = pixels ? features : torch::stable::contiguous(features);
-  Tensor means = torch::stable::new_empty(features, {B, C, D}, sum_type(features.scalar_type()));
-  Tensor counts = torch::stable::new_empty(features, {B, C}, ScalarType::Long);
-  int64_t* count = static_cast<int64_t*>(counts.mutable_data_ptr());
+  const Tensor dense = pixels ? features : contiguous(features);
+  Tensor means = new_empty(features, {B, C, D}, sum_type(features.scalar_type()));
+  Tensor counts = new_empty(features, {B, C}, ScalarType::Long);
+  int64_t* count = counts.mutable_data_ptr<int64_t>();
   const std::vector<int32_t> rows = rows_and_counts(labels, C, count);
   with_feature_type(features.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const T* from = static_cast<const T*>(dense.const_data_ptr());
-    Sum<T>* to = static_cast<Sum<T>*>(means.mutable_data_ptr());
+    const T* from = dense.const_data_ptr<T>();
+    Sum<T>* to = means.mutable_data_ptr<Sum<T>>();
     pool<T>(from, rows.data(), count, B, P, D, C, pixels, to);
   });
   return {means, counts};
@@ -146,15 +138,13 @@ template <typename T>
 std::vector<T> gradient_table(const Sum<T>* grad_means, const int64_t* counts, int64_t B, int64_t C,
                               int64_t D, bool pixels) {
   std::vector<T> table(B * (C + 1) * D);
-  parallel_for(0, B * C, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / C, c = i % C;
-      const Sum<T> count = static_cast<Sum<T>>(std::max<int64_t>(counts[i], 1));
-      T* to = table.data() + b * (C + 1) * D + (pixels ? c * D : c);
-      const int64_t stride = pixels ? 1 : C + 1;
-      const Sum<T>* from = grad_means + i * D;
-      for (int64_t d = 0; d < D; ++d) to[d * stride] = static_cast<T>(from[d] / count);
-    }
+  parallel_each(B * C, 16, [&](int64_t i) {
+    const int64_t b = i / C, c = i % C;
+    const Sum<T> count = static_cast<Sum<T>>(std::max<int64_t>(counts[i], 1));
+    T* to = table.data() + b * (C + 1) * D + (pixels ? c * D : c);
+    const int64_t stride = pixels ? 1 : C + 1;
+    const Sum<T>* from = grad_means + i * D;
+    for (int64_t d = 0; d < D; ++d) to[d * stride] = static_cast<T>(from[d] / count);
   });
   return table;
 }
@@ -165,40 +155,36 @@ Tensor region_pool_backward(const Tensor& grad_means, const Tensor& labels, cons
   check_backward(grad_means, labels, counts, dtype);
   const int64_t B = grad_means.size(0), C = grad_means.size(1), D = grad_means.size(2);
   const int64_t H = labels.size(1), W = labels.size(2), P = H * W;
-  const Tensor dense = torch::stable::contiguous(grad_means);
-  const Tensor dense_counts = torch::stable::contiguous(counts);
-  const int64_t* count = static_cast<const int64_t*>(dense_counts.const_data_ptr());
+  const Tensor dense = contiguous(grad_means);
+  const Tensor dense_counts = contiguous(counts);
+  const int64_t* count = dense_counts.const_data_ptr<int64_t>();
   const std::vector<int32_t> rows = rows_and_counts(labels, C, nullptr);
   Tensor grad = torch::stable::empty({B, D, H, W}, dtype, std::nullopt, grad_means.device(), std::nullopt,
                                      pixels ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   with_feature_type(dtype, [&](auto type) {
     using T = decltype(type);
-    const Sum<T>* from = static_cast<const Sum<T>*>(dense.const_data_ptr());
+    const Sum<T>* from = dense.const_data_ptr<Sum<T>>();
     const std::vector<T> table = gradient_table<T>(from, count, B, C, D, pixels);
-    T* to = static_cast<T*>(grad.mutable_data_ptr());
+    T* to = grad.mutable_data_ptr<T>();
     if (pixels) {
-      parallel_for(0, B * P, 1024, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          std::copy_n(table.data() + (i / P * (C + 1) + rows[i]) * D, D, to + i * D);
-        }
+      parallel_each(B * P, 1024, [&](int64_t i) {
+        std::copy_n(table.data() + (i / P * (C + 1) + rows[i]) * D, D, to + i * D);
       });
     } else {
-      parallel_for(0, B * D, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const T* value = table.data() + i * (C + 1);
-          const int32_t* row = rows.data() + i / D * P;
-          for (int64_t p = 0; p < P; ++p) to[i * P + p] = value[row[p]];
-        }
+      parallel_each(B * D, 1, [&](int64_t i) {
+        const T* value = table.data() + i * (C + 1);
+        const int32_t* row = rows.data() + i / D * P;
+        for (int64_t p = 0; p < P; ++p) to[i * P + p] = value[row[p]];
       });
     }
   });
   return grad;
 }
 
+STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) {
+  m.impl("region_pool", TORCH_BOX(&region_pool));
+  m.impl("region_pool_backward", TORCH_BOX(&region_pool_backward));
+}
+
 }  // namespace
 }  // namespace pico_fast
-
-STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) {
-  m.impl("region_pool", TORCH_BOX(&pico_fast::region_pool));
-  m.impl("region_pool_backward", TORCH_BOX(&pico_fast::region_pool_backward));
-}

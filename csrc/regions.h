@@ -5,20 +5,13 @@
 
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <cstdint>
 #include <type_traits>
+
+#include "tensors.h"
 
 namespace pico_fast {
 
 using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // What values of type T are summed in.
 template <typename T>
@@ -30,36 +23,10 @@ inline ScalarType sum_type(ScalarType type) {
 
 constexpr int64_t kMaxClasses = 65535;
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename F>
 void with_feature_type(ScalarType type, F&& call) {
-  switch (type) {
-    case ScalarType::Float:
-      return call(float{});
-    case ScalarType::BFloat16:
-      return call(torch::headeronly::BFloat16{});
-    case ScalarType::Half:
-      return call(torch::headeronly::Half{});
-    case ScalarType::Double:
-      return call(double{});
-    default:
-      STD_TORCH_CHECK(false, "features: expected float32, bfloat16, float16 or float64");
-  }
-}
-
-template <typename F>
-void with_label_type(ScalarType type, F&& call) {
-  switch (type) {
-    case ScalarType::Long:
-      return call(int64_t{});
-    case ScalarType::Int:
-      return call(int32_t{});
-    case ScalarType::Byte:
-      return call(uint8_t{});
-    default:
-      STD_TORCH_CHECK(false, "labels: expected int64, int32 or uint8");
-  }
+  constexpr auto kExpected = "features: expected float32, bfloat16, float16 or float64";
+  with_type<float, BFloat16, Half, double>(type, kExpected, call);
 }
 
 // Whether x [B, D, H, W] lies pixel by pixel; the stride of a dimension of size 1 means nothing.

@@ -1,8 +1,4 @@
-// The sample: some keys of each class, one of each stretch of its keys, all turned by a drawn
-// offset.
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
+// The sample: some keys of each class, one of each stretch of its keys, all turned by a drawn offset.
 
 #include <optional>
 #include <tuple>
@@ -14,15 +10,8 @@
 namespace pico_fast {
 namespace {
 
-using torch::stable::parallel_for;
-
 // Draws of one task; a task begins anywhere within a class.
 constexpr int64_t kDraws = 8192;
-
-const int64_t* as_int64(const Tensor& dense, const char* name) {
-  STD_TORCH_CHECK(dense.scalar_type() == ScalarType::Long, name, ": expected int64");
-  return static_cast<const int64_t*>(dense.const_data_ptr());
-}
 
 // The keys of a class: its parts one after the other.
 struct Parts {
@@ -65,21 +54,20 @@ void draw(const Parts& parts, int64_t n, int64_t k, uint32_t state, int64_t firs
 std::tuple<Tensor, Tensor> sample_keys(const Tensor& ranges_, const Tensor& names_,
                                        const std::optional<Tensor>& key_order_, const Tensor& wanted_,
                                        const Tensor& seed, int64_t stream, int64_t capacity) {
-  const Tensor ranges = torch::stable::contiguous(ranges_);
-  const Tensor names = torch::stable::contiguous(names_);
-  const Tensor wanted = torch::stable::contiguous(wanted_);
-  const Tensor key_order = torch::stable::contiguous(key_order_.value_or(wanted_));
-  STD_TORCH_CHECK(ranges.dim() == 3 && ranges.size(2) == 2 && names.numel() == ranges.size(0) &&
-                      wanted.numel() == ranges.size(0),
-                  "expected ranges [C, G, 2], names [C] and wanted [C]");
+  const Tensor ranges = contiguous(ranges_);
+  const Tensor names = contiguous(names_);
+  const Tensor wanted = contiguous(wanted_);
+  const Tensor key_order = contiguous(key_order_.value_or(wanted_));
+  STD_TORCH_CHECK(ranges.dim() == 3, "expected ranges [C, G, 2]");
   const int64_t C = ranges.size(0), G = ranges.size(1);
-  const int64_t *range = as_int64(ranges, "ranges"), *name = as_int64(names, "names");
-  const int64_t* k = as_int64(wanted, "wanted");
-  const int64_t* order = key_order_ ? as_int64(key_order, "key_order") : nullptr;
-  const int64_t positions = order ? key_order.numel() : INT32_MAX;
+  const int64_t* range = in_place<int64_t>(ranges, {C, G, 2}, "ranges");
+  const int64_t* name = in_place<int64_t>(names, {C}, "names");
+  const int64_t* k = in_place<int64_t>(wanted, {C}, "wanted");
+  const int64_t W = key_order.numel(), positions = key_order_ ? W : INT32_MAX;
+  const int64_t* order = key_order_ ? in_place<int64_t>(key_order, {W}, "key_order") : nullptr;
   const uint32_t state = fold(fold_seed(seed), static_cast<uint32_t>(stream));
-  Tensor new_ranges = torch::stable::new_empty(ranges, {C, 1, 2});
-  auto* new_range = static_cast<int64_t*>(new_ranges.mutable_data_ptr());
+  Tensor new_ranges = new_empty(ranges, {C, 1, 2});
+  int64_t* new_range = new_ranges.mutable_data_ptr<int64_t>();
   std::vector<int64_t> used;  // classes with draws
   int64_t total = 0;
   for (int64_t c = 0; c < C; ++c) {
@@ -98,27 +86,26 @@ std::tuple<Tensor, Tensor> sample_keys(const Tensor& ranges_, const Tensor& name
     total += k[c];
     if (k[c] > 0) used.push_back(c);
   }
-  Tensor out = torch::stable::new_empty(ranges, {capacity});
-  auto* to = static_cast<int64_t*>(out.mutable_data_ptr());
+  Tensor out = new_empty(ranges, {capacity});
+  int64_t* to = out.mutable_data_ptr<int64_t>();
   std::fill(to + total, to + capacity, int64_t{-1});
-  parallel_for(0, (total + kDraws - 1) / kDraws, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, divide_up(total, kDraws), 1, [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(end * kDraws, total);
-    auto at = std::upper_bound(used.begin(), used.end(), begin * kDraws,
-                               [&](int64_t t, int64_t c) { return t < new_range[2 * c]; }) -
-              1;
+    const auto before = [&](int64_t t, int64_t c) { return t < new_range[2 * c]; };
+    auto at = std::upper_bound(used.begin(), used.end(), begin * kDraws, before) - 1;
     for (int64_t slot = begin * kDraws; slot < last; ++at) {
       const int64_t c = *at, first = new_range[2 * c];
       const int64_t stop = std::min(last, first + k[c]);
       const Parts parts{range + 2 * c * G, G};
-      draw(parts, parts.size(), k[c], fold(state, static_cast<uint32_t>(name[c])), slot - first,
-           stop - first, order, to + slot);
+      const uint32_t own = fold(state, static_cast<uint32_t>(name[c]));
+      draw(parts, parts.size(), k[c], own, slot - first, stop - first, order, to + slot);
       slot = stop;
     }
   });
   return {out, new_ranges};
 }
 
+STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) { m.impl("sample_keys", TORCH_BOX(&sample_keys)); }
+
 }  // namespace
 }  // namespace pico_fast
-
-STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) { m.impl("sample_keys", TORCH_BOX(&pico_fast::sample_keys)); }

@@ -3,23 +3,16 @@
 // A tile is [n, w], a row of similarities to neighbouring positions for each anchor. A pair that
 // does not count has hardness -inf: similarity -inf among negatives, +inf among positives.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
-#include <bit>
 #include <cmath>
-#include <limits>
 #include <optional>
 #include <span>
 #include <vector>
 
+#include "order.h"
 #include "rows.h"
 
 namespace pico_fast {
 namespace {
-
-using torch::stable::parallel_for;
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -40,13 +33,12 @@ struct Counted {
   explicit Counted(int64_t stretch) : column(stretch + 1), value(stretch + 1) {}
 
   void list(const S* row, int64_t first, int64_t last, S excluded) {
-    using Bits = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
-    const auto bits = std::bit_cast<Bits>(excluded);
+    const auto bits = std::bit_cast<Bits<S>>(excluded);
     int32_t* to = column.data();
     // one store for each column and no branch: which ones count cannot be foretold
     for (int64_t j = first; j < last; ++j) {
       *to = static_cast<int32_t>(j);
-      to += std::bit_cast<Bits>(row[j]) != bits;
+      to += std::bit_cast<Bits<S>>(row[j]) != bits;
     }
     n = to - column.data();
     for (int64_t k = 0; k < n; ++k) value[k] = row[column[k]];
@@ -106,8 +98,7 @@ void add_tile(const Rows<S>& similarity, int64_t n, int64_t w, S excluded, const
   });
 }
 
-// call(S{}, keys): what a tile [n, w] has to do with its keys [*, D], `which` [w] int64 or none:
-// all
+// call(S{}, keys): what a tile [n, w] has to do with its keys [*, D], `which` [w] int64 or none: all
 template <typename F>
 void with_keys(const Tensor& similarity, const Tensor& keys, const std::optional<Tensor>& which, F&& call) {
   STD_TORCH_CHECK(similarity.dim() == 2 && similarity.size(1) < INT32_MAX,
@@ -115,7 +106,7 @@ void with_keys(const Tensor& similarity, const Tensor& keys, const std::optional
   const int64_t* columns = checked_which(keys, which, similarity.size(1));
   with_dtypes(similarity, keys, [&](auto sum, auto key) {
     using T = decltype(key);
-    call(sum, Keys<T>{static_cast<const T*>(keys.const_data_ptr()), columns, keys.size(1)});
+    call(sum, Keys<T>{keys.const_data_ptr<T>(), columns, keys.size(1)});
   });
 }
 
@@ -190,18 +181,18 @@ Tensor weighted_rows(const Tensor& keys_, const Tensor& index_, const Tensor& we
   STD_TORCH_CHECK(keys_.dim() == 2 && index_.dim() == 2 && weight_.dim() == 2 &&
                       weight_.size(0) == index_.size(0) && weight_.size(1) == index_.size(1),
                   "expected keys [K, D], index [n, k] and weight [n, k]");
-  const Tensor keys = torch::stable::contiguous(keys_);
-  const Tensor index = torch::stable::contiguous(index_);
-  const Tensor weight = torch::stable::contiguous(weight_);
+  const Tensor keys = contiguous(keys_);
+  const Tensor index = contiguous(index_);
+  const Tensor weight = contiguous(weight_);
   const int64_t n = index.size(0), k = index.size(1), D = keys.size(1);
-  const int64_t* from = checked_index(index, keys.size(0));
+  const int64_t* from = checked_index(index, -1, keys.size(0), "index", "keys, or -1");
   Tensor out = torch::stable::new_zeros(weight, {n, D});
   with_dtypes(weight, keys, [&](auto sum, auto key) {
     using S = decltype(sum);
     using T = decltype(key);
-    const auto* weights = static_cast<const S*>(weight.const_data_ptr());
-    const Keys<T> all{static_cast<const T*>(keys.const_data_ptr()), nullptr, D};
-    auto* sums = static_cast<S*>(out.mutable_data_ptr());
+    const auto* weights = weight.const_data_ptr<S>();
+    const Keys<T> all{keys.const_data_ptr<T>(), nullptr, D};
+    auto* sums = out.mutable_data_ptr<S>();
     parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
       Counted<S> picked(k);
       for (int64_t i = begin; i < end; ++i) {
@@ -218,11 +209,11 @@ Tensor weighted_rows(const Tensor& keys_, const Tensor& index_, const Tensor& we
   return out;
 }
 
+STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) {
+  m.impl("add_negatives", TORCH_BOX(&add_negatives));
+  m.impl("weighted_rows", TORCH_BOX(&weighted_rows));
+  m.impl("add_positives", TORCH_BOX(&add_positives));
+}
+
 }  // namespace
 }  // namespace pico_fast
-
-STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) {
-  m.impl("add_negatives", TORCH_BOX(&pico_fast::add_negatives));
-  m.impl("weighted_rows", TORCH_BOX(&pico_fast::weighted_rows));
-  m.impl("add_positives", TORCH_BOX(&pico_fast::add_positives));
-}

@@ -1,13 +1,8 @@
 // Synthesis on a CPU: the log-sum over an anchor's mixed negatives and their softmax mean.
 //
-// One task owns an anchor. A mix lives in registers while its norm and its inner product are
-// summed; what it adds to the mean is a weight on each of its two parts, and the parts are summed
-// once.
+// One task owns an anchor. A mix lives in registers while its norm and its inner product are summed; what
+// it adds to the mean is a weight on each of its two parts, and the parts are summed once.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -18,8 +13,6 @@
 
 namespace pico_fast {
 namespace {
-
-using torch::stable::parallel_for;
 
 // Of pico_fast/reference.py: what is drawn, and when a mix is too short to have a direction.
 enum Stream : uint32_t { kFirst = 7, kSecond, kShare, kWithAnchor, kAnchorShare };
@@ -37,23 +30,21 @@ struct Mix {
   S norm = 0, product = 0;  // of the mixed row; a product of -inf: left out
 };
 
-struct Counts {
-  int64_t negative_negative, negative_anchor;
-};
-
+// The mixes of an anchor whose pool has `size` keys.
 template <typename S>
-void draw(uint32_t seed, uint32_t row, Counts counts, int64_t size, std::vector<Mix<S>>& mixes) {
+void draw(uint32_t seed, uint32_t row, int64_t negative_negative, int64_t negative_anchor, int64_t size,
+          std::vector<Mix<S>>& mixes) {
   const auto state = [&](Stream stream) { return fold(fold(seed, stream), row); };
   mixes.clear();
   const uint32_t one = state(kFirst), other = state(kSecond), share = state(kShare);
-  for (uint32_t m = 0; size >= 2 && m < counts.negative_negative; ++m) {
+  for (uint32_t m = 0; size >= 2 && m < negative_negative; ++m) {
     const int64_t first = below(fold(one, m), size);
     int64_t second = below(fold(other, m), size - 1);
     second += second >= first;
     mixes.push_back({first, second, static_cast<S>(uniform(fold(share, m)))});
   }
   const uint32_t with = state(kWithAnchor), anchor_share = state(kAnchorShare);
-  for (uint32_t m = 0; size >= 1 && m < counts.negative_anchor; ++m) {
+  for (uint32_t m = 0; size >= 1 && m < negative_anchor; ++m) {
     const S part = static_cast<S>(uniform(fold(anchor_share, m)) * 0.5f);
     mixes.push_back({kAnchor, below(fold(with, m), size), part});
   }
@@ -80,20 +71,10 @@ PICO_FAST_INLINE inline void measure(const X* x, const Y* y, const S* anchor, in
     mix.product = -std::numeric_limits<S>::infinity();
 }
 
+// mean [D] of one anchor, which is 0 before; returns its log-sum. `weight`: room for its pool's
 template <typename S, typename T>
-struct Scratch {
-  std::vector<int64_t> index;
-  std::vector<const T*> pool;
-  std::vector<S> weight;
-  std::vector<Mix<S>> mixes;
-};
-
-// mean [D] of one anchor, which is 0 before; returns its log-sum.
-template <typename S, typename T>
-S mix_one(const S* anchor, int64_t D, double temperature, Scratch<S, T>& scratch, S* mean) {
-  const auto& pool = scratch.pool;
-  auto& weight = scratch.weight;
-  auto& mixes = scratch.mixes;
+S mix_one(const S* anchor, int64_t D, double temperature, const std::vector<const T*>& pool,
+          std::vector<Mix<S>>& mixes, std::vector<S>& weight, S* mean) {
   const auto n = static_cast<int64_t>(mixes.size());
   const auto ask = [&](int64_t place) {
     if (place != kAnchor) prefetch(pool[place], D);
@@ -145,13 +126,13 @@ std::tuple<Tensor, Tensor> mix_negatives(const Tensor& anchors_, const Tensor& k
                                          const Tensor& pool_index_, const Tensor& row_,
                                          int64_t negative_negative, int64_t negative_anchor,
                                          double temperature, const Tensor& seed) {
-  const Tensor keys = torch::stable::contiguous(keys_);
-  const Tensor pool_index = torch::stable::contiguous(pool_index_);
-  const Tensor numbers = torch::stable::contiguous(row_);
+  const Tensor keys = contiguous(keys_);
+  const Tensor pool_index = contiguous(pool_index_);
+  const Tensor numbers = contiguous(row_);
   const bool precise =
       anchors_.scalar_type() == ScalarType::Double || keys.scalar_type() == ScalarType::Double;
-  const Tensor anchors = torch::stable::contiguous(
-      torch::stable::to(anchors_, precise ? ScalarType::Double : ScalarType::Float));
+  const auto type = precise ? ScalarType::Double : ScalarType::Float;
+  const Tensor anchors = contiguous(torch::stable::to(anchors_, type));
   STD_TORCH_CHECK(anchors.dim() == 2 && keys.dim() == 2 && pool_index.dim() == 2 &&
                       anchors.size(1) == keys.size(1) && anchors.size(0) == pool_index.size(0),
                   "expected anchors [A, D], keys [K, D] and pool_index [A, pool]");
@@ -160,40 +141,40 @@ std::tuple<Tensor, Tensor> mix_negatives(const Tensor& anchors_, const Tensor& k
                       negative_anchor <= UINT32_MAX,
                   "mixes: expected 0 to 2^32 - 1");
   const int64_t* number = in_place<int64_t>(numbers, {A}, "row");
-  const int64_t* picked = checked_index(pool_index, keys.size(0));
+  const int64_t* picked = checked_index(pool_index, -1, keys.size(0), "index", "keys, or -1");
   const uint32_t state = fold_seed(seed);
-  const Counts counts{negative_negative, negative_anchor};
-  Tensor lse = torch::stable::new_empty(anchors, {A});
+  Tensor lse = new_empty(anchors, {A});
   Tensor mean = torch::stable::new_zeros(anchors, {A, D});
   with_dtypes(anchors, keys, [&](auto sum, auto key) {
     using S = decltype(sum);
     using T = decltype(key);
-    const auto* row = static_cast<const S*>(anchors.const_data_ptr());
-    const auto* all = static_cast<const T*>(keys.const_data_ptr());
-    auto* lses = static_cast<S*>(lse.mutable_data_ptr());
-    auto* means = static_cast<S*>(mean.mutable_data_ptr());
+    const auto* row = anchors.const_data_ptr<S>();
+    const auto* all = keys.const_data_ptr<T>();
+    auto* lses = lse.mutable_data_ptr<S>();
+    auto* means = mean.mutable_data_ptr<S>();
     parallel_for(0, A, 1, [&](int64_t begin, int64_t end) {
-      Scratch<S, T> scratch;
+      std::vector<int64_t> index;
+      std::vector<const T*> pool;
+      std::vector<Mix<S>> mixes;
+      std::vector<S> weight;
       for (int64_t i = begin; i < end; ++i) {
-        auto& index = scratch.index;
         // in the order of the keys, as the reference draws them
         index.assign(picked + i * width, picked + (i + 1) * width);
-        index.erase(std::remove(index.begin(), index.end(), int64_t{-1}), index.end());
+        std::erase(index, -1);
         std::sort(index.begin(), index.end());
-        scratch.pool.clear();
-        for (const int64_t k : index) scratch.pool.push_back(all + k * D);
+        pool.clear();
+        for (const int64_t k : index) pool.push_back(all + k * D);
         const auto size = static_cast<int64_t>(index.size());
-        draw(state, static_cast<uint32_t>(number[i]), counts, size, scratch.mixes);
-        lses[i] = mix_one(row + i * D, D, temperature, scratch, means + i * D);
+        const auto of = static_cast<uint32_t>(number[i]);
+        draw(state, of, negative_negative, negative_anchor, size, mixes);
+        lses[i] = mix_one(row + i * D, D, temperature, pool, mixes, weight, means + i * D);
       }
     });
   });
   return {lse, mean};
 }
 
+STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) { m.impl("mix_negatives", TORCH_BOX(&mix_negatives)); }
+
 }  // namespace
 }  // namespace pico_fast
-
-STABLE_TORCH_LIBRARY_IMPL(pico_fast, CPU, m) {
-  m.impl("mix_negatives", TORCH_BOX(&pico_fast::mix_negatives));
-}

@@ -49,34 +49,27 @@ def draw_anchors(
     wrong = torch.zeros_like(flat, dtype=torch.bool)
     if predictions is not None:
         wrong = predictions.flatten() != flat
-    hard_counts = segment_counts(torch.where(wrong, pair, n_pairs), n_pairs)
-    easy_counts = counts - hard_counts
+    hard = torch.where(wrong, pair, n_pairs)
+    hard_counts = segment_counts(hard, n_pairs)
     n_hard = n_view // 2
     if easy == "correct":
-        n_hard = torch.maximum(n_hard, n_view - easy_counts)
+        n_hard = torch.maximum(n_hard, n_view - (counts - hard_counts))
     hard_quota = torch.where(taking_part, torch.minimum(hard_counts, n_hard), 0)
     lot = draws.hash32(seed, draws.ANCHOR_PIXEL, pixel)
-    hard = torch.where(wrong, pair, n_pairs)
     if easy == "random":
         # the rest comes from all pixels that were not taken as hard ones
         taken, _ = draw_pixels(hard, lot, hard_counts, hard_quota, max_samples)
-        is_taken = torch.zeros(flat.numel() + 1, dtype=torch.bool, device=flat.device)
-        is_taken = is_taken.index_fill_(0, torch.where(taken >= 0, taken, flat.numel()), True)
-        wrong = is_taken.narrow(0, 0, flat.numel())
+        taken = torch.where(taken >= 0, taken, flat.numel())
+        wrong = wrong.new_zeros(flat.numel() + 1).index_fill_(0, taken, True).narrow(0, 0, flat.numel())
         hard_counts = segment_counts(torch.where(wrong, pair, n_pairs), n_pairs)
-        easy_counts = counts - hard_counts
-        again = draws.hash32(seed, draws.ANCHOR_EASY, pixel)
-        lot = torch.where(wrong, lot, again)
+        lot = torch.where(wrong, lot, draws.hash32(seed, draws.ANCHOR_EASY, pixel))
+    easy_counts = counts - hard_counts
     easy_quota = torch.where(taking_part, torch.minimum(easy_counts, n_view - hard_quota), 0)
 
     segment = torch.where(flat >= 0, 2 * pair + 1 - wrong.long(), 2 * n_pairs)
-    drawn, of_slot = draw_pixels(
-        segment,
-        lot,
-        torch.stack([hard_counts, easy_counts], 1).flatten(),
-        torch.stack([hard_quota, easy_quota], 1).flatten(),
-        max_samples,
-    )
+    counts = torch.stack([hard_counts, easy_counts], 1).flatten()
+    quota = torch.stack([hard_quota, easy_quota], 1).flatten()
+    drawn, of_slot = draw_pixels(segment, lot, counts, quota, max_samples)
     label = torch.where(of_slot >= 0, of_slot // max(1, 2 * images), -1)
     return drawn, label
 

@@ -40,11 +40,7 @@ KNOWN = (
     # HRNet, DeepLabV3, SegFormer and most others; OCRNet's second head; Segmenter's mask transformer
     Place("mmseg.models", "decode_head.conv_seg"),
     Place("mmseg.models", "decode_head.1.conv_seg"),
-    Place(
-        "mmseg.models",
-        "decode_head.decoder_norm:output",
-        lambda model: model.decode_head.num_classes,
-    ),
+    Place("mmseg.models", "decode_head.decoder_norm:output", lambda model: model.decode_head.num_classes),
 )
 
 
@@ -167,12 +163,9 @@ class Tap(nn.Module):
     def _from_input(self, module: nn.Module, args: tuple) -> tuple:
         if not args:
             raise ValueError(f"tap at {self.path!r}: called by keyword alone; use 'path:output'")
-        return self._catch(args[0]), *args[1:]
+        return self._catch(module, args, args[0]), *args[1:]
 
-    def _from_output(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return self._catch(output)
-
-    def _catch(self, features: Tensor) -> Tensor:
+    def _catch(self, module: nn.Module, args: tuple, features: Tensor) -> Tensor:
         """The features as they are; in training their embeddings are kept, on the graph of the outputs."""
         if not (self.training and torch.is_grad_enabled()):
             return features
@@ -293,5 +286,5 @@ def attach(
     if side == "input":
         module.register_forward_pre_hook(made._from_input)
     else:
-        module.register_forward_hook(made._from_output)
+        module.register_forward_hook(made._catch)
     return made

@@ -34,18 +34,14 @@ def tensor(name: str, value: object, layout: str, kind: str) -> Tensor:
         raise TypeError(f"{name}: expected a {expected}, got {describe(value)}")
     if value.dim() != layout.rpartition("[")[2].count(",") + 1:
         raise ValueError(f"{name}: expected a {expected}, got {describe(value)}")
-    if kind == "floating" and not torch.compiler.is_compiling():
-        no_tangent(name, value)
-    return value
-
-
-def no_tangent(name: str, value: Tensor) -> None:
-    """Raise in forward-mode differentiation: some ops would drop the tangent without a word."""
-    if torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
+    eager = kind == "floating" and not torch.compiler.is_compiling()
+    # some ops would drop the tangent without a word
+    if eager and torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
         raise NotImplementedError(
             f"{name}: expected a tensor without a tangent: forward-mode differentiation is not"
             " supported, backward() is"
         )
+    return value
 
 
 def size(name: str, value: Tensor, dim: int, expected: int, why: str) -> None:

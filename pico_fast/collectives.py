@@ -19,17 +19,11 @@ PLACEMENTS = ("local", "replicated", "sharded")
 def check_placement(process_group: object, placement: object) -> None:
     """Raise unless these are a process group or None, and a placement."""
     checks.choice("placement", placement, PLACEMENTS)
-    if process_group is not None and not (
-        dist.is_available() and isinstance(process_group, dist.ProcessGroup)
-    ):
+    is_group = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
+    if process_group is not None and not is_group:
         raise TypeError(
             f"process_group: expected a ProcessGroup or None, got {checks.describe(process_group)}"
         )
-
-
-def _single(name: str, older: str) -> Callable:
-    """A collective of one tensor, by the name that this version of torch does not warn of."""
-    return getattr(dist, name, None) or getattr(dist, older)
 
 
 class Ranks:
@@ -67,7 +61,9 @@ class Ranks:
         part = -(-n // self.size)
         return min(self.rank * part, n), min((self.rank + 1) * part, n)
 
-    def _start(self, collective: Callable, out: Tensor, x: Tensor) -> Callable[[], Tensor]:
+    def _start(self, name: str, older: str, out: Tensor, x: Tensor) -> Callable[[], Tensor]:
+        # the name that this version of torch does not warn of
+        collective = getattr(dist, name, None) or getattr(dist, older)
         x = x.contiguous()
         if torch.compiler.is_compiling():  # a compiler orders collectives itself
             collective(out, x, group=self.group)
@@ -83,12 +79,12 @@ class Ranks:
     def start_gather(self, x: Tensor) -> Callable[[], Tensor]:
         """x [n, ...] of all ranks, in rank order: [N·n, ...]."""
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        return self._start(_single("all_gather_single", "all_gather_into_tensor"), out, x)
+        return self._start("all_gather_single", "all_gather_into_tensor", out, x)
 
     def start_sum_own(self, x: Tensor) -> Callable[[], Tensor]:
         """The sum over ranks of this rank's part [n, ...] of x [N·n, ...]."""
         out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
-        return self._start(_single("reduce_scatter_single", "reduce_scatter_tensor"), out, x)
+        return self._start("reduce_scatter_single", "reduce_scatter_tensor", out, x)
 
     def gather(self, x: Tensor) -> Tensor:
         """`start_gather`, waited for."""
@@ -118,8 +114,7 @@ class Ranks:
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.tensor import DTensor, Shard
 
-        group = self.group or dist.group.WORLD
-        mesh = DeviceMesh.from_group(group, part.device.type)
+        mesh = DeviceMesh.from_group(self.group or dist.group.WORLD, part.device.type)
         shape = torch.Size([*part.shape[:dim], n, *part.shape[dim + 1 :]])
         strides = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(part, mesh, [Shard(dim)], shape=shape, stride=strides)

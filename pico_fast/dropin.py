@@ -56,9 +56,7 @@ class PixelContrastLoss(nn.Module):
         self.seed = checks.integer("seed", seed, -(2**63), 2**63 - 1)
         checks.integer("ignore_index", ignore_index)
         if num_classes is None:
-            num_classes = 1024
-            if 0 <= ignore_index < num_classes:
-                num_classes = max(1, ignore_index)
+            num_classes = max(1, ignore_index) if 0 <= ignore_index < 1024 else 1024
         checks.classes(num_classes, ignore_index)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
@@ -81,15 +79,8 @@ class PixelContrastLoss(nn.Module):
         labels = labels_on_grid(labels, height, width, self.num_classes, self.ignore_index)
         predictions = predictions_on_grid(predict, height, width)
         seed = draws.step_seed(self.seed, self.step)
-        pixel, anchor_labels = draw_anchors(
-            labels,
-            predictions,
-            self.max_samples,
-            self.max_views,
-            self.max_views + 1,
-            self.num_classes,
-            seed,
-        )
+        sizes = (self.max_samples, self.max_views, self.max_views + 1)
+        pixel, anchor_labels = draw_anchors(labels, predictions, *sizes, self.num_classes, seed)
         keys = key_labels = None
         if queue is not None:
             keys = queue.flatten(0, 1)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 torch.library.define(
-    "pico_fast::labels_of_finite",
-    "(str name, Tensor rows, Tensor labels, bool refuse) -> Tensor",
+    "pico_fast::labels_of_finite", "(str name, Tensor rows, Tensor labels, bool refuse) -> Tensor"
 )
 
 

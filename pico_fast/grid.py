@@ -16,25 +16,20 @@ torch.library.define(
 )
 
 
-def _source_index(size_in: int, size_out: int, device: torch.device) -> Tensor:
-    """Which of size_in rows "nearest" takes for each of size_out rows: [size_out] int64."""
-    if size_out == 0:
-        return torch.zeros(0, dtype=torch.int64, device=device)
-    # interpolating the row numbers themselves takes torch's own rounding, bit for bit
-    rows = torch.arange(size_in, dtype=torch.float32, device=device).view(1, 1, size_in)
-    return interpolate(rows, size=size_out, mode="nearest").flatten().long()
-
-
 def to_grid(
     x: Tensor,  # [..., h, w]
     height: int,
     width: int,
 ) -> Tensor:
     """`x` at [..., height, width] by "nearest", whatever its dtype; `x` itself if the size fits."""
-    if x.shape[-2] != height:
-        x = x.index_select(-2, _source_index(x.shape[-2], height, x.device))
-    if x.shape[-1] != width:
-        x = x.index_select(-1, _source_index(x.shape[-1], width, x.device))
+    for dim, size in ((-2, height), (-1, width)):
+        if size == 0:
+            x = x.narrow(dim, 0, 0)
+        elif x.shape[dim] != size:
+            # interpolating the row numbers themselves takes torch's own rounding, bit for bit
+            rows = torch.arange(x.shape[dim], dtype=torch.float32, device=x.device)
+            rows = interpolate(rows.view(1, 1, -1), size=size, mode="nearest")
+            x = x.index_select(dim, rows.flatten().long())
     return x
 
 

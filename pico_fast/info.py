@@ -75,7 +75,6 @@ def _why_not_compiled(build: dict) -> list[str]:
 def report() -> str:
     """Everything at once, as text."""
     build = _build()
-    details = [key for key in ("torch", "compiler", "nvcc", "cuda_archs") if key in build]
     names = ops()
     width = max(map(len, names))
     lines = [
@@ -86,7 +85,7 @@ def report() -> str:
         "",
         f"built: {' and '.join(build.get('built', [])) or 'nothing'}"
         f" (asked for: {build.get('asked', 'never built')})",
-        *(f"  {key}: {build[key]}" for key in details),
+        *(f"  {key}: {build[key]}" for key in ("torch", "compiler", "nvcc", "cuda_archs") if key in build),
         *(f"  without {part}: {reason}" for part, reason in build.get("left_out", {}).items()),
         f"loaded: {'_C' if regions.why_not_compiled is None else regions.why_not_compiled}",
         "",

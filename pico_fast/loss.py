@@ -43,29 +43,18 @@ class PiCoLoss(nn.Module):
         embedding_dim: D, channels of the embeddings.
         temperature: divides inner products.
         base_temperature: if given, the loss is multiplied by temperature / base_temperature.
-        sampling: which keys an anchor is compared with: "all", "random", "hardest", "semi_hard", "bounded";
-            see `select_keys`.
-        positives: which positives, where not those that `sampling` says: "all", "random", "hardest",
-            "semi_hard".
-        num_positives, num_negatives: keys of an anchor at most, for the samplings but "all".
-        hard_fraction: share of an anchor's sampled keys that semi_hard and bounded take.
-        max_samples: A, anchors of a batch at most.
-        max_views: anchors of one class of one image at most.
-        min_pixels: pixels that a class needs in an image (at embedding resolution) to take part.
-        pixel_queue_size, region_queue_size: slots of a class in the bank; 0 switches a queue off, both
-            0 contrast the anchors with one another.
-        pixels_per_image: pixels stored of one class of one image at most.
+        sampling, positives, num_positives, num_negatives, hard_fraction: which keys an anchor is compared
+            with; see `select_keys`.
+        max_samples, max_views, min_pixels, easy: which pixels (at embedding resolution) are anchors; see
+            `sample_anchors`.
+        pixel_queue_size, region_queue_size, pixels_per_image, process_group, placement, max_images: the
+            bank's; see `MemoryBank`. Without slots (both sizes 0) the anchors meet one another. "sharded"
+            sends anchors to the other ranks; the bank may then be as large as all ranks' memory.
+        bank_dtype: of the stored embeddings.
         synthesis: a `Synthesis`, or None for no extra negatives.
         ignore_index: label of pixels to leave out.
-        bank_dtype: of the stored embeddings.
         seed: with `step` it decides every draw.
         impl: None picks by device; "reference" is the specification in plain PyTorch.
-        process_group: ranks that train together; None is the default group, if there is one.
-        placement: where the bank lives with several ranks; see `MemoryBank`. "replicated": a whole one
-            on every rank. "sharded": a share of it on every rank; anchors travel, and the bank may be as
-            large as all ranks' memory. "local": each rank has its own and sees its own images alone.
-        max_images: most images in a rank's batch; see `MemoryBank`.
-        easy: where the anchors that are not hard come from: "correct" pixels or "random" ones.
 
     Attributes:
         bank: the `MemoryBank`.
@@ -196,22 +185,14 @@ class PiCoLoss(nn.Module):
 
         # on its way between the ranks while the anchors are compared with the bank as it was
         write = bank.start_write(embeddings.detach(), labels) if self.training else None
-        rows = contrast_rows(
-            anchors,
-            anchor_labels,
-            None,
-            None,
-            bank.share() if bank.slots else None,
-            self.settings,
-            common_seed,
-            ranks.rank * anchors.shape[0],
-        )
+        share = bank.share() if bank.slots else None
+        first_row = ranks.rank * anchors.shape[0]
+        pairs = (anchors, anchor_labels, None, None)
+        rows = contrast_rows(*pairs, share, self.settings, common_seed, first_row)
         n_counted = rows.counted.sum()
-        scale = self.scale
         if ranks.size > 1:
             n_counted = ranks.sum(n_counted)
-            scale *= ranks.size
-        loss = rows.loss.sum() / n_counted.clamp(min=1) * scale
+        loss = rows.loss.sum() / n_counted.clamp(min=1) * (self.scale * ranks.size)
 
         self._keep_stats(labels, predictions, pixel, rows)
         if self.training:
@@ -235,20 +216,13 @@ class PiCoLoss(nn.Module):
             hard = (predictions != labels).flatten().gather(0, pixel.clamp(min=0)) & used
         n_counted = rows.counted.sum().clamp(min=1)
         bank = self.bank
-        fills = [
-            (count.sum() / (size * bank.num_classes) if size else count.sum() * 0.0)
-            for count, size in (
-                (bank.pixel_count, bank.pixel_queue_size),
-                (bank.region_count, bank.region_queue_size),
-            )
-        ]
         self.stats = {
             "anchors": n_used,
             "hard_anchors": hard.sum() / n_used.clamp(min=1),
             "positive_similarity": torch.where(rows.counted, rows.similar, 0.0).sum() / n_counted,
             "negative_similarity": torch.where(rows.counted, rows.away, 0.0).sum() / n_counted,
-            "pixel_fill": fills[0],
-            "region_fill": fills[1],
+            "pixel_fill": bank.pixel_count.sum() / max(1, bank.pixel_queue_size * bank.num_classes),
+            "region_fill": bank.region_count.sum() / max(1, bank.region_queue_size * bank.num_classes),
         }
 
 
@@ -311,18 +285,12 @@ class JointLoss(nn.Module):
         if self.training:
             self.step.add_(1)
         full = torch.where(full < 0, ignore_index, full)
-        return self._segmentation(logits, full, ignore_index) + self.weight * contrast
-
-    def _segmentation(
-        self,
-        logits: Tensor,  # [B, C, h', w']
-        labels: Tensor,  # [B, h, w] int64, ignore_index where left out
-        ignore_index: int,
-    ) -> Tensor:
-        if logits.shape[2:] != labels.shape[1:] and logits.numel():
-            logits = interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
+        if logits.shape[2:] != full.shape[1:] and logits.numel():
+            logits = interpolate(logits, full.shape[1:], mode="bilinear", align_corners=False)
         if self.segmentation_loss is not None:
-            return self.segmentation_loss(logits, labels)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        total = cross_entropy(wide, labels, ignore_index=ignore_index, reduction="sum")
-        return total / (labels != ignore_index).sum().clamp(min=1)
+            segmentation = self.segmentation_loss(logits, full)
+        else:
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            total = cross_entropy(wide, full, ignore_index=ignore_index, reduction="sum")
+            segmentation = total / (full != ignore_index).sum().clamp(min=1)
+        return segmentation + self.weight * contrast

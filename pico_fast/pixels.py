@@ -10,10 +10,6 @@ from torch import Tensor
 
 torch.library.define("pico_fast::gather_pixels", "(Tensor features, Tensor pixel) -> Tensor")
 
-# x[i, :, j] as an op: Python's indexing asks for a CUDA runtime even where tensors are only traced
-_index = torch.ops.aten.index.Tensor
-_index_put = torch.ops.aten.index_put_.default
-
 
 def segment_counts(
     segment: Tensor,  # [N] int64 in [0, n_segments]; n_segments: left out
@@ -64,7 +60,8 @@ def gather_torch(
     pixel: Tensor,  # [n] int64 into B·H·W
 ) -> Tensor:
     """The op `gather_pixels` in PyTorch: rows [n, D]; csrc/pixels.cpp has it for a CPU."""
-    return _index(features, _locate(features, pixel))
+    # as an op: Python's indexing asks for a CUDA runtime even where tensors are only traced
+    return torch.ops.aten.index.Tensor(features, _locate(features, pixel))
 
 
 torch.library.impl("pico_fast::gather_pixels", "CompositeExplicitAutograd", gather_torch)
@@ -93,7 +90,7 @@ class _Gather(torch.autograd.Function):
         out = torch.zeros_like(ctx.like, device=grad.device)
         # no pixel is drawn twice, and empty slots repeat slot 0: plain writes, no sums, no atomics
         grad = torch.where(filled.unsqueeze(1), grad, grad.narrow(0, 0, 1))
-        return _index_put(out, _locate(out, pixel), grad), None
+        return torch.ops.aten.index_put_.default(out, _locate(out, pixel), grad), None
 
 
 def gather_pixels(

@@ -29,12 +29,8 @@ class Preset:
 
     def options(self) -> dict[str, int]:
         """What of it a criterion takes."""
-        return {
-            "num_classes": self.num_classes,
-            "ignore_index": self.ignore_index,
-            "pixel_queue_size": self.pixel_queue_size,
-            "region_queue_size": self.region_queue_size,
-        }
+        names = ("num_classes", "ignore_index", "pixel_queue_size", "region_queue_size")
+        return {name: getattr(self, name) for name in names}
 
     def memory(self, embedding_dim: int = 256, bytes_of_a_value: int = 2) -> int:
         """Bytes of the bank."""
@@ -45,33 +41,13 @@ class Preset:
 # PiCo, TPAMI 2024: ten pixels and one region of each class and training image; 10,000 pixels for the
 # large vocabularies, where a region queue of a tenth of that is our choice
 PRESETS = {
-    "cityscapes": Preset(
-        19, 255, True, 2_975, 29_750, 2_975, "Cordts et al., CVPR 2016: 19 train ids, 2,975 images"
-    ),
-    "camvid": Preset(
-        11,
-        255,
-        True,
-        367,
-        3_670,
-        367,
-        "Brostow et al., PRL 2009; 11 classes, 367 images as in SegNet",
-    ),
+    "cityscapes": Preset(19, 255, True, 2_975, 29_750, 2_975, "Cordts et al., CVPR 2016: train ids"),
+    "camvid": Preset(11, 255, True, 367, 3_670, 367, "Brostow et al., PRL 2009; as in SegNet"),
     "pascal_context": Preset(
-        59,
-        255,
-        False,
-        4_998,
-        10_000,
-        1_000,
-        "Mottaghi et al., CVPR 2014: 59 classes, 0 is background",
+        59, 255, False, 4_998, 10_000, 1_000, "Mottaghi et al., CVPR 2014: 0 is background"
     ),
-    "ade20k": Preset(
-        150, 255, False, 20_210, 10_000, 1_000, "Zhou et al., CVPR 2017: 150 classes, 0 is other"
-    ),
-    "coco_stuff": Preset(
-        171, 255, True, 118_287, 10_000, 1_000, "Caesar et al., CVPR 2018: 171 classes without gaps"
-    ),
+    "ade20k": Preset(150, 255, False, 20_210, 10_000, 1_000, "Zhou et al., CVPR 2017: 0 is other"),
+    "coco_stuff": Preset(171, 255, True, 118_287, 10_000, 1_000, "Caesar et al., CVPR 2018: no gaps"),
 }
 
 

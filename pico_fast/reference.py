@@ -160,12 +160,10 @@ def select_keys(
         width = {"all": len(keys), "random": max(map(len, lists), default=0)}
         shape = (len(anchors), width.get(selection.strategy(own), selection.count(own)))
         index[own] = key_labels.new_full(shape, -1, dtype=torch.int64)
-        for row, chosen in zip(index[own], lists, strict=True):
-            row[: len(chosen)] = chosen
-        products[own] = index[own].to(rows.dtype) * 0
-        if len(keys):
-            products[own] = similarity.gather(1, index[own].clamp(min=0))
-        products[own] = products[own].masked_fill(index[own] < 0, 0.0)
+        products[own] = rows.new_zeros(shape)
+        for i, chosen in enumerate(lists):
+            index[own][i, : len(chosen)] = chosen
+            products[own][i, : len(chosen)] = similarity[i, chosen]
     return index[True], index[False], products[True], products[False]
 
 

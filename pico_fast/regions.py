@@ -105,12 +105,9 @@ def _(features, labels, num_classes):
 
 @torch.library.register_fake("pico_fast::region_pool_backward")
 def _(grad_means, labels, counts, dtype, channels_last):
-    return torch.empty(
-        (grad_means.shape[0], grad_means.shape[2], *labels.shape[1:]),
-        dtype=dtype,
-        device=grad_means.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    size = (grad_means.shape[0], grad_means.shape[2], *labels.shape[1:])
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=dtype, device=grad_means.device, memory_format=layout)
 
 
 def _setup_context(ctx, inputs, output):
@@ -190,8 +187,7 @@ def region_pool(
     checks.size("labels", labels, 1, features.shape[2], "height of features")
     checks.size("labels", labels, 2, features.shape[3], "width of features")
     checks.same_device("labels", labels, "features", features)
-    is_reference = checks.implementation(impl)
+    pool = reference.region_pool if checks.implementation(impl) else pool_regions
     labels = clean_labels(labels, num_classes, ignore_index)
-    pool = reference.region_pool if is_reference else pool_regions
     means, counts = pool(features, labels, num_classes)
     return means.to(features.dtype), counts

@@ -13,17 +13,19 @@ from pico_fast.grid import labels_on_grid
 from pico_fast.regions import region_pool
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 METHODS = ("pca", "tsne", "umap")
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _figure(width: float, height: float, columns: int = 1) -> "tuple[Figure, list[Axes]]":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("pico_fast.visualize draws with matplotlib: pip install matplotlib") from error
-    return Figure((width, height), layout="constrained")
+    figure = Figure((width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def project(
@@ -69,20 +71,13 @@ def project(
     return torch.as_tensor(found, dtype=torch.float32)
 
 
-def _on_grid(
-    embeddings: Tensor, labels: Tensor, num_classes: int | None, ignore_index: int
-) -> tuple[Tensor, int]:
+def _on_grid(embeddings: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, int]:
     """Labels at the embeddings' resolution, -1 left out [B, H, W], and the number of classes."""
     checks.tensor("embeddings", embeddings, "[B, D, H, W]", "floating")
     checks.tensor("labels", labels, "[B, h, w]", "integer")
-    if num_classes is None:
-        used = labels[(labels >= 0) & (labels != ignore_index)]
-        num_classes = int(used.max()) + 1 if used.numel() else 1
+    used = labels[(labels >= 0) & (labels != ignore_index)]
+    num_classes = int(used.max()) + 1 if used.numel() else 1
     return labels_on_grid(labels, *embeddings.shape[2:], num_classes, ignore_index), num_classes
-
-
-def _named(names: Sequence[str] | None, c: int) -> str:
-    return names[c] if names is not None else str(c)
 
 
 def embeddings_by_class(
@@ -108,7 +103,7 @@ def embeddings_by_class(
         matplotlib Figure.
     """
     checks.integer("per_class", per_class, 1)
-    labels, num_classes = _on_grid(embeddings, labels, None, ignore_index)
+    labels, num_classes = _on_grid(embeddings, labels, ignore_index)
     rows = embeddings.detach().movedim(1, 3).flatten(0, 2)
     flat = labels.flatten()
     chosen = []
@@ -121,15 +116,15 @@ def embeddings_by_class(
         raise ValueError(f"labels: expected two pixels or more with a class, got {len(pixels)}")
     flat = flat[pixels].cpu()
     points = project(rows[pixels], method, seed)
-    figure = _figure(7, 6)
-    axes = figure.add_subplot()
-    for c in flat.unique().tolist():
+    figure, (axes,) = _figure(7, 6)
+    shown = flat.unique().tolist()
+    for c in shown:
         here = points[flat == c].numpy()
-        axes.scatter(here[:, 0], here[:, 1], s=8, color=_colour(c), label=_named(class_names, c))
-    axes.set_title(f"pixel embeddings, {method}")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    if len(flat.unique()) <= 40:
+        axes.scatter(
+            here[:, 0], here[:, 1], s=8, color=_colour(c), label=class_names[c] if class_names else str(c)
+        )
+    axes.set(title=f"pixel embeddings, {method}", xticks=[], yticks=[])
+    if len(shown) <= 40:
         axes.legend(markerscale=2, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -158,27 +153,24 @@ def class_similarity(
     """
     if isinstance(source, MemoryBank):
         keys, of = source.keys()
-        rows, of = keys.float()[of >= 0], of[of >= 0]
         num_classes = source.num_classes
-        sums = rows.new_zeros(num_classes, keys.shape[1])
-        sums.index_add_(0, of, normalize(rows, dim=1))
-        counts = torch.bincount(of, minlength=num_classes)
+        # one image of one row
+        rows, of = keys.T[None, :, None], of[None, None]
     else:
-        of, num_classes = _on_grid(source, labels, None, ignore_index)
-        unit = normalize(source.detach().float(), dim=1)
-        means, pixels = region_pool(unit, of, num_classes, ignore_index=-1)
-        sums, counts = (means * pixels[..., None]).sum(0), pixels.sum(0)
-    means = sums / counts.clamp(min=1)[:, None]
+        of, num_classes = _on_grid(source, labels, ignore_index)
+        rows = source.detach()
+    means, pixels = region_pool(normalize(rows.float(), dim=1), of, num_classes, ignore_index=-1)
+    counts = pixels.sum(0)
+    means = (means * pixels[..., None]).sum(0) / counts.clamp(min=1)[:, None]
     matrix = normalize(means, dim=1) @ normalize(means, dim=1).T
     matrix.diagonal().copy_(means.norm(dim=1))
     there = counts > 0
     matrix = torch.where(there[:, None] & there, matrix, torch.nan).cpu()
-    figure = _figure(6.5, 5.5)
-    axes = figure.add_subplot()
+    figure, (axes,) = _figure(6.5, 5.5)
     image = axes.imshow(matrix.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
     figure.colorbar(image, label="inner product of unit class means; diagonal: agreement within")
     if num_classes <= 40:
-        names = [_named(class_names, c) for c in range(num_classes)]
+        names = class_names or range(num_classes)
         axes.set_xticks(range(num_classes), names, rotation=90, fontsize="small")
         axes.set_yticks(range(num_classes), names, fontsize="small")
     return figure, matrix
@@ -188,8 +180,7 @@ def bank_fill(bank: MemoryBank, class_names: Sequence[str] | None = None) -> "Fi
     """How full the queues of each class are: bars in percent, pixels and regions."""
     if not isinstance(bank, MemoryBank):
         raise TypeError(f"bank: expected a MemoryBank, got {checks.describe(bank)}")
-    figure = _figure(max(5.0, 0.12 * bank.num_classes), 3.5)
-    axes = figure.add_subplot()
+    figure, (axes,) = _figure(max(5.0, 0.12 * bank.num_classes), 3.5)
     place = torch.arange(bank.num_classes).numpy()
     for shift, name, count, size in (
         (-0.2, "pixels", bank.pixel_count, bank.pixel_queue_size),
@@ -198,10 +189,9 @@ def bank_fill(bank: MemoryBank, class_names: Sequence[str] | None = None) -> "Fi
         if size:
             share = (100 * count.cpu() / size).numpy()
             axes.bar(place + shift, share, 0.4, label=f"{name}, of {size:,} a class")
-    axes.set_ylim(0, 105)
-    axes.set_ylabel("slots in use, %")
+    axes.set(ylim=(0, 105), ylabel="slots in use, %")
     if bank.num_classes <= 40:
-        names = [_named(class_names, c) for c in range(bank.num_classes)]
+        names = class_names or range(bank.num_classes)
         axes.set_xticks(place, names, rotation=90, fontsize="small")
     else:
         axes.set_xlabel("class")
@@ -233,11 +223,10 @@ def hardest_negatives(
         matplotlib Figure, and [n, 3] int64: image, row, column of what is shown, hardest first.
     """
     checks.tensor("images", images, "[B, 3, H, W]", "floating")
-    labels, _ = _on_grid(embeddings, labels, None, ignore_index)
+    labels, _ = _on_grid(embeddings, labels, ignore_index)
     checks.size("images", images, 0, embeddings.shape[0], "images of embeddings")
     height, width = embeddings.shape[2:]
-    limits = (embeddings.shape[0], height, width)
-    for part, limit in zip(pixel, limits, strict=True):
+    for part, limit in zip(pixel, labels.shape, strict=True):
         checks.integer("pixel", part, 0, limit - 1)
     own = int(labels[pixel])
     if own < 0:
@@ -256,16 +245,15 @@ def hardest_negatives(
         similarity[b, rows, columns] = -torch.inf
     low, high = images.amin(), images.amax()
     shown = ((images - low) / (high - low).clamp(min=1e-12)).detach().float().cpu()
-    columns = len(found) + 1
-    figure = _figure(1.5 * columns, 2.2)
-    grid = figure.subplots(1, columns, squeeze=False)[0]
     places = [(*pixel, 1.0), *found]
+    figure, grid = _figure(1.5 * len(places), 2.2, len(places))
     for axes, (b, y, x, value) in zip(grid, places, strict=True):
         centre = round((y + 0.5) * scale[0]), round((x + 0.5) * scale[1])
         top, left = (max(0, c - crop // 2) for c in centre)
         axes.imshow(shown[b, :, top : top + crop, left : left + crop].movedim(0, 2).numpy())
         axes.plot(centre[1] - left, centre[0] - top, "+", color="white", markersize=10)
-        name = _named(class_names, int(labels[b, y, x]))
+        c = int(labels[b, y, x])
+        name = class_names[c] if class_names else str(c)
         axes.set_title(name if (b, y, x) == tuple(pixel) else f"{name}\n{value:.2f}", fontsize="small")
         axes.set_axis_off()
     return figure, torch.tensor([place[:3] for place in found], dtype=torch.int64).view(-1, 3)

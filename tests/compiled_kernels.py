@@ -39,7 +39,7 @@ def width(channels: int) -> int:
 
 
 def of_layout(generation, dtype, channels, launch, gather) -> tuple[dict, dict]:
-    """Arguments and constants that kernels with anchors as rows share: `launch.Pass.options`."""
+    """Arguments and constants that kernels with anchors as rows share: `launch.options`."""
     kind = TYPES[dtype]
     arguments = {
         **pointers("queries keys", f"*{kind}"),

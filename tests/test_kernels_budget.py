@@ -31,7 +31,9 @@ def test_within_the_budget(figures, scene):
     picks = scene.call(pico_fast.select_keys)[:2]
     expected, gradient = truth(scene, picks)
     allowed = bounds(scene, expected, ROUNDING)
-    check_picks(scene, picks, allowed.inner)
+    # the interpreter reads subnormal bfloat16 as 0
+    flushed = torch.finfo(torch.float32).tiny * scene.anchors.double().abs().sum(1)
+    check_picks(scene, picks, allowed.inner + flushed)
     x = scene.anchors.detach().requires_grad_()
     words = {"temperature": scene.temperature, "reduction": "none"}
     loss = scene._replace(anchors=x).call(pico_fast.contrast, **words)

@@ -2,9 +2,6 @@
 
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
 #include <tuple>
 
 #include "../regions.h"
@@ -36,7 +33,7 @@ struct Sizes {
 
 // Labels [B, P] as the kernels read them.
 inline Tensor dense_labels(const Tensor& labels) {
-  const Tensor dense = torch::stable::contiguous(labels);
+  const Tensor dense = contiguous(labels);
   return labels.scalar_type() == ScalarType::Long ? dense : torch::stable::to(dense, ScalarType::Long);
 }
 

@@ -128,9 +128,8 @@ void spread(Kernel kernel, const Tensor& grad_means, const Tensor& labels, const
   n.stretch = std::max<int64_t>(Shape::kPixels, divide_up(8 * n.classes, kThreads) * kThreads);
   n.stretches = divide_up(n.P, n.stretch);
   launch(kernel, device, n.B * n.stretches * n.ranges * n.groups, kThreads, (n.classes + 1) * per_class,
-         static_cast<const Sum<T>*>(grad_means.const_data_ptr()),
-         static_cast<const int64_t*>(labels.const_data_ptr()),
-         static_cast<const int64_t*>(counts.const_data_ptr()), static_cast<T*>(grad.mutable_data_ptr()), n);
+         grad_means.const_data_ptr<Sum<T>>(), labels.const_data_ptr<int64_t>(),
+         counts.const_data_ptr<int64_t>(), grad.mutable_data_ptr<T>(), n);
 }
 
 // grad_means [B, C, D], labels [B, H, W], counts [B, C] -> gradient of the features [B, D, H, W]
@@ -144,9 +143,9 @@ Tensor region_pool_backward(const Tensor& grad_means, const Tensor& labels, cons
   Tensor grad = torch::stable::empty({n.B, n.D, labels.size(1), labels.size(2)}, dtype, std::nullopt,
                                      grad_means.device(), std::nullopt,
                                      pixels ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  const Tensor dense_means = torch::stable::contiguous(grad_means);
+  const Tensor dense_means = contiguous(grad_means);
   const Tensor dense = dense_labels(labels);
-  const Tensor dense_counts = torch::stable::contiguous(counts);
+  const Tensor dense_counts = contiguous(counts);
   with_feature_type(dtype, [&](auto value) {
     using T = decltype(value);
     const auto run = [&](auto kernel, auto shape) {

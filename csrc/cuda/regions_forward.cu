@@ -1,10 +1,8 @@
 // Region pooling on a GPU, forward: the mean feature of every class in every image.
 //
-//   pool_kernel    a warp owns 32 channels of a stretch of one image, a lane one of them, with a
-//   sum
-//                  of its own for every class, in a bank of shared memory that no other lane
-//                  touches. Tiles of pixels stream in behind it. A lane adds its pixels in their
-//                  order.
+//   pool_kernel    a warp owns 32 channels of a stretch of one image, a lane one of them, with a sum of
+//                  its own for every class, in a bank of shared memory that no other lane touches. Tiles
+//                  of pixels stream in behind it. A lane adds its pixels in their order.
 //   means_kernel   a thread owns one mean and adds the stretches in their order.
 //
 // No two threads add to one sum: there are no atomics on floats, the same input gives the same
@@ -166,8 +164,7 @@ __device__ void add_tile(const Tile<T>& tile, const int* places, uint64_t change
   }
 }
 
-// partial [B, stretches, C, D]: the sum of each class in each stretch; sizes [B, stretches, C]: its
-// pixels
+// partial [B, stretches, C, D]: the sum of each class in each stretch; sizes [B, stretches, C]: its pixels
 template <typename T, Order kOrder>
 __global__ void __launch_bounds__(kWarp)
     pool_kernel(const T* __restrict__ features, const int64_t* __restrict__ labels,
@@ -297,16 +294,15 @@ void pool(const Tensor& features, const Tensor& labels, Tensor& means, Tensor& c
   n.ranges = divide_up(n.C, (shared_limit(device) - desk) / per_class - 1);
   n.classes = divide_up(n.C, n.ranges);
   n.ranges = divide_up(n.C, n.classes);
-  Tensor partial = torch::stable::new_empty(means, {n.B, n.stretches, n.C, n.D});
-  Tensor sizes = torch::stable::new_empty(features, {n.B, n.stretches, n.C}, ScalarType::Int);
-  Sum<T>* const sums = static_cast<Sum<T>*>(partial.mutable_data_ptr());
-  int* const size = static_cast<int*>(sizes.mutable_data_ptr());
+  Tensor partial = new_empty(means, {n.B, n.stretches, n.C, n.D});
+  Tensor sizes = new_empty(features, {n.B, n.stretches, n.C}, ScalarType::Int);
+  Sum<T>* const sums = partial.mutable_data_ptr<Sum<T>>();
+  int* const size = sizes.mutable_data_ptr<int>();
   launch(pool_kernel<T, kOrder>, device, n.B * n.stretches * n.ranges * n.groups, kWarp,
-         desk + (n.classes + 1) * per_class, static_cast<const T*>(features.const_data_ptr()),
-         static_cast<const int64_t*>(labels.const_data_ptr()), sums, size, n);
+         desk + (n.classes + 1) * per_class, features.const_data_ptr<T>(), labels.const_data_ptr<int64_t>(),
+         sums, size, n);
   launch(means_kernel<Sum<T>>, device, divide_up(n.B * n.C * std::max<int64_t>(n.D, 1), kThreads), kThreads,
-         0, sums, size, static_cast<Sum<T>*>(means.mutable_data_ptr()),
-         static_cast<int64_t*>(counts.mutable_data_ptr()), n);
+         0, sums, size, means.mutable_data_ptr<Sum<T>>(), counts.mutable_data_ptr<int64_t>(), n);
 }
 
 // features [B, D, H, W], labels [B, H, W] -> means [B, C, D] and counts [B, C]
@@ -317,11 +313,11 @@ std::tuple<Tensor, Tensor> region_pool(const Tensor& features, const Tensor& lab
   Sizes n{};
   n.B = features.size(0), n.D = features.size(1), n.C = C;
   n.P = features.size(2) * features.size(3);
-  Tensor means = torch::stable::new_empty(features, {n.B, C, n.D}, sum_type(type));
-  Tensor counts = torch::stable::new_empty(features, {n.B, C}, ScalarType::Long);
+  Tensor means = new_empty(features, {n.B, C, n.D}, sum_type(type));
+  Tensor counts = new_empty(features, {n.B, C}, ScalarType::Long);
 
   const bool pixels = in_pixels(features);
-  Tensor dense = pixels ? features : torch::stable::contiguous(features);
+  Tensor dense = pixels ? features : contiguous(features);
   // a view may start anywhere, the kernel reads 16 bytes at a time
   if (reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16) dense = torch::stable::clone(dense);
   n.groups = std::max<int64_t>(divide_up(n.D, kWarp), 1);

@@ -20,13 +20,6 @@ class Rows(NamedTuple):
     rows: Tensor  # [n, D]
 
 
-class Entries(NamedTuple):
-    """Rows for the pixel queue and for the region queue; None where a queue is switched off."""
-
-    pixels: Rows | None
-    regions: Rows | None
-
-
 class Wanted(NamedTuple):
     """What entries are made for."""
 
@@ -37,15 +30,8 @@ class Wanted(NamedTuple):
     max_images: int | None  # of a rank; None: ranks tell one another how much they bring
 
 
-class _Meeting(NamedTuple):
-    """What ranks have to know of one another before they gather."""
-
-    first_pixel: Tensor | int  # [] int64, pixels of the ranks before this one
-    pixels: int  # rows that each rank sends
-    regions: int
-
-
-def _meet(ranks: Ranks, counts: Tensor, labels: Tensor, wanted: Wanted) -> _Meeting:
+def _meet(ranks: Ranks, counts: Tensor, labels: Tensor, wanted: Wanted) -> tuple[Tensor, int, int]:
+    """How many pixels the ranks before this one have, and how many rows each rank sends to each queue."""
     drawn = counts.clamp(max=wanted.pixels_per_image).sum()
     present = (counts > 0).sum() * int(wanted.regions)
     size = torch.full_like(drawn, labels.numel())
@@ -53,55 +39,24 @@ def _meet(ranks: Ranks, counts: Tensor, labels: Tensor, wanted: Wanted) -> _Meet
     first_pixel = sizes.narrow(0, 0, ranks.rank).narrow(1, 0, 1).sum()
     if wanted.max_images is not None:
         pairs = wanted.num_classes * wanted.max_images
-        return _Meeting(first_pixel, pairs * wanted.pixels_per_image, pairs * int(wanted.regions))
+        return first_pixel, pairs * wanted.pixels_per_image, pairs * int(wanted.regions)
     _, pixels, regions = sizes.amax(0).tolist()  # the one thing that is read back
-    return _Meeting(first_pixel, pixels, regions)
+    return first_pixel, pixels, regions
 
 
-def _pixels(
-    embeddings: Tensor,  # [B, D, H, W]
-    segment: Tensor,  # [B·H·W] int64
-    counts: Tensor,  # [C·B] int64
-    per_image: int,
-    seed: Tensor,  # [] int64
-    first_pixel: Tensor | int,
-) -> Rows:
-    images = embeddings.shape[0]
-    quota = counts.clamp(max=per_image)
-    capacity = min(counts.numel() * per_image, segment.numel())
-    pixel = torch.arange(segment.numel(), device=segment.device)
-    # pixels are known by their place in the batch of all ranks
-    lot = draws.hash32(seed, draws.BANK_PIXEL, first_pixel + pixel)
-    drawn, of_slot = draw_pixels(segment, lot, counts, quota, capacity)
-    classes = torch.where(of_slot >= 0, of_slot // max(1, images), -1)
-    return Rows(classes, gather_pixels(embeddings, drawn))
+def _to_bytes(entries: Rows, n: int) -> Tensor:
+    """Rows and classes side by side, so that they travel together: [n, bytes of a row + 4] uint8.
 
-
-def _regions(
-    embeddings: Tensor,  # [B, D, H, W]
-    labels: Tensor,  # [B, H, W] int64
-    num_classes: int,
-) -> Rows:
-    means, counts = pool_regions(embeddings, labels, num_classes)
-    classes = torch.arange(num_classes, device=labels.device)
-    classes = torch.where(counts > 0, classes, -1).T.flatten()
-    return Rows(classes, normalize(means, dim=2).transpose(0, 1).flatten(0, 1))
-
-
-def _sized(entries: Rows, n: int) -> Rows:
-    """The same entries in n places: -1 behind the last, or fewer gaps between them."""
+    The n places have -1 behind the last entry, or fewer gaps between the entries.
+    """
     classes, rows = entries
     gaps = classes.numel() - n
     if gaps > 0:
         kept = (classes < 0).long().argsort(stable=True).narrow(0, 0, n)
-        return Rows(classes.gather(0, kept), rows.index_select(0, kept))
-    return Rows(pad(classes, (0, -gaps), value=-1), pad(rows, (0, 0, 0, -gaps)))
-
-
-def _bytes(entries: Rows) -> Tensor:
-    """Rows and classes side by side: [n, bytes of a row + 4] uint8, so that they travel together."""
-    classes = entries.classes.int().unsqueeze(1).view(torch.uint8)
-    return torch.cat([entries.rows.view(torch.uint8), classes], 1)
+        classes, rows = classes.gather(0, kept), rows.index_select(0, kept)
+    else:
+        classes, rows = pad(classes, (0, -gaps), value=-1), pad(rows, (0, 0, 0, -gaps))
+    return torch.cat([rows.view(torch.uint8), classes.int().unsqueeze(1).view(torch.uint8)], 1)
 
 
 def _from_bytes(x: Tensor, dtype: torch.dtype) -> Rows:
@@ -119,37 +74,44 @@ def start_entries(
     wanted: Wanted,
     seed: Tensor,  # [] int64
     ranks: Ranks,
-) -> Callable[[], Entries]:
-    """Draw this rank's entries and begin to gather those of all ranks; the result waits for them."""
+) -> Callable[[], list[Rows]]:
+    """Draw this rank's entries and begin to gather those of all ranks; the result waits for them.
+
+    It gives the rows for the pixel queue and those for the region queue, none for a queue of size 0.
+    """
     images, n_pixels = labels.shape[0], labels.numel()
     n_segments = wanted.num_classes * images
     flat = labels.flatten()
-    image = torch.arange(n_pixels, device=flat.device) // max(1, n_pixels // max(1, images))
+    pixel = torch.arange(n_pixels, device=flat.device)
+    image = pixel // max(1, n_pixels // max(1, images))
     segment = torch.where(flat >= 0, flat * images + image, n_segments)
     counts = segment_counts(segment, n_segments)
-    meeting = _Meeting(0, 0, 0)
-    if ranks.size > 1:
-        meeting = _meet(ranks, counts, labels, wanted)
+    first_pixel, *sizes = _meet(ranks, counts, labels, wanted) if ranks.size > 1 else (0, 0, 0)
 
-    own = Entries(None, None)
+    none = Rows(flat.narrow(0, 0, 0), embeddings.new_empty(0, embeddings.shape[1]))
+    pixels = regions = none
     if wanted.pixels_per_image:
-        quota = (wanted.pixels_per_image, seed, meeting.first_pixel)
-        own = own._replace(pixels=_pixels(embeddings, segment, counts, *quota))
+        quota = counts.clamp(max=wanted.pixels_per_image)
+        capacity = min(n_segments * wanted.pixels_per_image, n_pixels)
+        # pixels are known by their place in the batch of all ranks
+        lot = draws.hash32(seed, draws.BANK_PIXEL, first_pixel + pixel)
+        drawn, of_slot = draw_pixels(segment, lot, counts, quota, capacity)
+        classes = torch.where(of_slot >= 0, of_slot // max(1, images), -1)
+        pixels = Rows(classes, gather_pixels(embeddings, drawn))
     if wanted.regions:
-        own = own._replace(regions=_regions(embeddings, labels, wanted.num_classes))
-    own = Entries(*(x and Rows(x.classes, x.rows.to(wanted.dtype)) for x in own))
-    if ranks.size == 1:
+        means, n_pooled = pool_regions(embeddings, labels, wanted.num_classes)
+        classes = torch.arange(wanted.num_classes, device=flat.device)
+        classes = torch.where(n_pooled > 0, classes, -1).T.flatten()
+        regions = Rows(classes, normalize(means, dim=2).transpose(0, 1).flatten(0, 1))
+    own = [Rows(x.classes, x.rows.to(wanted.dtype)) for x in (pixels, regions)]
+    if ranks.size == 1 or not (wanted.pixels_per_image or wanted.regions):
         return lambda: own
 
-    sizes = [n for n, x in zip(meeting[1:], own, strict=True) if x is not None]
-    sent = [_bytes(_sized(x, n)) for n, x in zip(sizes, filter(None, own), strict=True)]
-    if not sent:
-        return lambda: own
+    sent = [_to_bytes(x, n) for x, n in zip(own, sizes, strict=True)]
     arrived = ranks.start_gather(torch.cat(sent))
 
-    def wait() -> Entries:
+    def wait() -> list[Rows]:
         parts = arrived().unflatten(0, (ranks.size, sum(sizes))).split(sizes, 1)
-        found = iter(_from_bytes(part.flatten(0, 1), wanted.dtype) for part in parts)
-        return Entries(*(x and next(found) for x in own))
+        return [_from_bytes(part.flatten(0, 1), wanted.dtype) for part in parts]
 
     return wait

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from pico_fast import checks, draws, reference
 from pico_fast.bank import state
-from pico_fast.bank.entries import Entries, Rows, Wanted, start_entries
+from pico_fast.bank.entries import Rows, Wanted, start_entries
 from pico_fast.bank.share import Share
 from pico_fast.bank.state import Ring
 from pico_fast.collectives import Ranks, check_placement
@@ -87,28 +87,21 @@ class MemoryBank(nn.Module):
         if max_images is not None:
             checks.integer("max_images", max_images, 1)
         checks.classes(num_classes, ignore_index)
-        checks.integer("embedding_dim", embedding_dim, 1)
-        checks.integer("pixel_queue_size", pixel_queue_size, 0)
-        checks.integer("region_queue_size", region_queue_size, 0)
-        checks.integer("pixels_per_image", pixels_per_image, 1)
-        checks.integer("seed", seed, -(2**63), 2**63 - 1)
+        self.num_classes = num_classes
+        self.embedding_dim = checks.integer("embedding_dim", embedding_dim, 1)
+        self.pixel_queue_size = checks.integer("pixel_queue_size", pixel_queue_size, 0)
+        self.region_queue_size = checks.integer("region_queue_size", region_queue_size, 0)
+        self.pixels_per_image = checks.integer("pixels_per_image", pixels_per_image, 1)
+        self.seed = checks.integer("seed", seed, -(2**63), 2**63 - 1)
         checks.floating_dtype("dtype", dtype)
         self._is_reference = checks.implementation(impl)
-        self.num_classes = num_classes
-        self.embedding_dim = embedding_dim
-        self.pixel_queue_size = pixel_queue_size
-        self.region_queue_size = region_queue_size
-        self.pixels_per_image = pixels_per_image
         self.ignore_index = ignore_index
-        self.seed = seed
         self.slots = pixel_queue_size + region_queue_size
         self.max_images = max_images
         self.ranks = Ranks(process_group, placement)
-        self.first_slot, self.last_slot = 0, self.slots
         # a share is cut once: who holds which slots cannot change under a bank
         self._cut_for = self.ranks.size if placement == "sharded" else 1
-        if self._cut_for > 1:
-            self.first_slot, self.last_slot = self.ranks.share(self.slots)
+        self.first_slot, self.last_slot = self.ranks.share(self.slots) if self.sharded else (0, self.slots)
         shape = (num_classes, self.last_slot - self.first_slot, embedding_dim)
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
         for name in _RINGS:
@@ -150,10 +143,7 @@ class MemoryBank(nn.Module):
         """
         base = torch.arange(self.num_classes, device=self.storage.device) * (last - first)
         parts = []
-        for start, size, count in (
-            (0, self.pixel_queue_size, self.pixel_count),
-            (self.pixel_queue_size, self.region_queue_size, self.region_count),
-        ):
+        for start, size, count, _ in self._rings():
             begin = min(max(start, first), last)
             end = max(begin, min(start + size, last))
             parts += [base + (begin - first), (count - (begin - start)).clamp(0, end - begin)]
@@ -161,13 +151,11 @@ class MemoryBank(nn.Module):
 
     def share(self) -> Share:
         """What this rank holds, class by class."""
-        whole = here = self._ranges(0, self.slots)
-        if self.sharded:
-            here = self._ranges(self.first_slot, self.last_slot)
+        whole = self._ranges(0, self.slots)
+        here = self._ranges(self.first_slot, self.last_slot) if self.sharded else whole
         ranks = self.ranks if self.sharded else None
         return Share(self.storage.flatten(0, 1), here, whole, self.slots, self.first_slot, ranks)
 
-    @torch.no_grad()
     def enqueue(
         self,
         embeddings: Tensor,  # [B, D, H, W] floating
@@ -208,7 +196,6 @@ class MemoryBank(nn.Module):
         if self.max_images is not None and images > self.max_images:
             raise ValueError(f"labels: expected at most max_images = {self.max_images}, got {images}")
 
-    @torch.no_grad()
     def write(
         self,
         embeddings: Tensor,  # [B, D, H, W] floating
@@ -227,35 +214,26 @@ class MemoryBank(nn.Module):
         seed = draws.step_seed(self.seed, self.step)
         if self._is_reference:
             return lambda: self._write_reference(embeddings, labels, seed)
-        wanted = Wanted(
-            self.num_classes,
-            self.pixels_per_image if self.pixel_queue_size else 0,
-            self.region_queue_size > 0,
-            self.storage.dtype,
-            self.max_images,
-        )
+        per_image = self.pixels_per_image if self.pixel_queue_size else 0
+        queues = (per_image, self.region_queue_size > 0)
+        wanted = Wanted(self.num_classes, *queues, self.storage.dtype, self.max_images)
         entries = start_entries(embeddings, labels, wanted, seed, self.ranks)
         return lambda: self._store(entries())
 
     @torch.no_grad()
     def _write_reference(self, embeddings: Tensor, labels: Tensor, seed: Tensor) -> None:
+        tensors = (getattr(self, name) for name in ("storage", *_RINGS))
         refused = reference.update_bank(
-            self.storage,
-            *(getattr(self, name) for name in _RINGS),
-            self.pixel_queue_size,
-            embeddings,
-            labels,
-            self.pixels_per_image,
-            seed,
+            *tensors, self.pixel_queue_size, embeddings, labels, self.pixels_per_image, seed
         )
         self.refused.add_(refused)
         self.step.add_(1)
 
     @torch.no_grad()
-    def _store(self, entries: Entries) -> None:
+    def _store(self, entries: list[Rows]) -> None:
         for rows, ring in zip(entries, self._rings(), strict=True):
-            if rows is not None and rows.classes.numel():
-                self._push(rows, *ring)
+            if rows.classes.numel():
+                self._push(rows, ring)
         self.step.add_(1)
 
     def _rings(self) -> tuple[Ring, Ring]:
@@ -264,16 +242,10 @@ class MemoryBank(nn.Module):
         pixels = Ring(0, p, self.pixel_count, self.pixel_next)
         return pixels, Ring(p, r, self.region_count, self.region_next)
 
-    def _push(
-        self,
-        entries: Rows,
-        first_slot: int,
-        ring_size: int,
-        count: Tensor,  # [C] int64, updated
-        next_slot: Tensor,  # [C] int64, updated
-    ) -> None:
+    def _push(self, entries: Rows, ring: Ring) -> None:
         """Append rows to the rings of their classes, in order."""
         classes, rows = entries
+        first_slot, ring_size, count, next_slot = ring
         # the largest magnitude is nan or inf if any value is: two passes instead of five
         used = classes >= 0
         stored = used & (rows.abs().amax(1) < math.inf)
@@ -351,19 +323,14 @@ class MemoryBank(nn.Module):
         for name, value in state.header(*sizes, self.storage.device).items():
             destination[prefix + name] = value
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
-    ) -> None:
-        names = (*_STATE, "version", "queue_sizes")
-        own = {prefix + name for name in names}
-        others = {key: value for key, value in state_dict.items() if key not in own}
-        super()._load_from_state_dict(
-            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
-        )
-        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        missing = [prefix + name for name in names if name not in found]
-        missing_keys.extend(missing)
-        if not missing:
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        names = {prefix + name: name for name in (*_STATE, "version", "queue_sizes")}
+        others = {key: value for key, value in state_dict.items() if key not in names}
+        super()._load_from_state_dict(others, prefix, metadata, strict, missing, unexpected, errors)
+        own_missing = [key for key in names if key not in state_dict]
+        missing.extend(own_missing)
+        if not own_missing:
+            found = {name: state_dict[key] for key, name in names.items()}
             errors.extend(prefix + error for error in self._take(found))
 
     def _take(self, found: dict[str, Tensor]) -> list[str]:

@@ -39,44 +39,30 @@ def errors(
     region_queue_size: int,
 ) -> list[str]:
     """What speaks against a complete state for a bank of these shapes and queue sizes; [] if it fits."""
-    sizes = (pixel_queue_size, region_queue_size)
-    return (
-        list(_header_errors(found, *sizes))
-        or list(_shape_errors(found, shapes))
-        or list(_count_errors(found, *sizes))
-    )
-
-
-def _header_errors(found: dict[str, object], pixels: int, regions: int) -> Iterator[str]:
-    version, sizes = (x.tolist() if _known(x) else x for x in (found["version"], found["queue_sizes"]))
+    sizes = [pixel_queue_size, region_queue_size]
+    version, given = (x.tolist() if _known(x) else x for x in (found["version"], found["queue_sizes"]))
     if version != VERSION and not isinstance(version, Tensor):
-        yield f"version: expected {VERSION}, got {version!r}: a later pico_fast wrote this state"
-    elif sizes != [pixels, regions] and not isinstance(sizes, Tensor):
-        yield (
-            f"queue_sizes: expected {[pixels, regions]} (pixel, region), got {sizes!r}; load the state"
+        return [f"version: expected {VERSION}, got {version!r}: a later pico_fast wrote this state"]
+    if given != sizes and not isinstance(given, Tensor):
+        return [
+            f"queue_sizes: expected {sizes} (pixel, region), got {given!r}; load the state"
             " into a bank of its own size, then `bank.resize(...)`"
-        )
+        ]
+    return list(_shape_errors(found, shapes)) or list(_count_errors(found, *sizes))
 
 
 def _shape_errors(found: dict[str, object], shapes: dict[str, torch.Size]) -> Iterator[str]:
     for name, shape in shapes.items():
         value = found[name]
-        kinds = checks.FLOATING if name == "storage" else (torch.int64,)
-        fits = isinstance(value, Tensor) and value.shape == shape and value.dtype in kinds
-        if not fits:
-            kind = "floating" if name == "storage" else "int64"
+        kind, dtypes = ("floating", checks.FLOATING) if name == "storage" else ("int64", (torch.int64,))
+        if not (isinstance(value, Tensor) and value.shape == shape and value.dtype in dtypes):
             yield f"{name}: expected shape {list(shape)} {kind}, got {checks.describe(value)}"
 
 
 def _count_errors(found: dict[str, Tensor], pixels: int, regions: int) -> Iterator[str]:
-    highest = {
-        "pixel_count": pixels,
-        "pixel_next": max(0, pixels - 1),
-        "region_count": regions,
-        "region_next": max(0, regions - 1),
-        "step": torch.iinfo(torch.int64).max,
-        "refused": torch.iinfo(torch.int64).max,
-    }
+    highest = {"pixel_count": pixels, "pixel_next": max(0, pixels - 1)}
+    highest |= {"region_count": regions, "region_next": max(0, regions - 1)}
+    highest |= dict.fromkeys(("step", "refused"), torch.iinfo(torch.int64).max)
     for name, most in highest.items():
         value = found[name]
         if _known(value) and value.numel():

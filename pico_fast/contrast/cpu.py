@@ -22,27 +22,23 @@ _TRUSTED_LOG_BFLOAT16 = 24.0
 _BOUNDED = 60.0
 _BOUNDED_BFLOAT16 = 20.0
 
-torch.library.define(
-    "pico_fast::add_negatives",
-    "(Tensor similarity, Tensor keys, Tensor? which, float temperature, Tensor(a!) top,"
+_SCHEMAS = {
+    "add_negatives": "(Tensor similarity, Tensor keys, Tensor? which, float temperature, Tensor(a!) top,"
     " Tensor(b!) total, Tensor(c!) away, Tensor(d!)? mean) -> ()",
-)
-torch.library.define(
-    "pico_fast::add_positives",
-    "(Tensor similarity, Tensor keys, Tensor? which, Tensor lse, float temperature,"
+    "add_positives": "(Tensor similarity, Tensor keys, Tensor? which, Tensor lse, float temperature,"
     " Tensor(a!) loss, Tensor(b!) weight, Tensor(c!) similar, Tensor(d!)? pull) -> ()",
-)
-for _name in ("add_negatives", "add_positives"):
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"pico_fast::{_name}", _schema)
     torch.library.register_fake(f"pico_fast::{_name}")(lambda *_: None)
 _ops = torch.ops.pico_fast
 
 
-def _sums(
-    pairs: Pairs,  # queries already divided by the temperature
-    shifted: bool,
-    want_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log-sum of exp(s) over all negatives [n], their softmax mean [n, D], sum of s [n]."""
+def _sums(pairs: Pairs, shifted: bool, want_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """log-sum of exp(s) over all negatives [n], their softmax mean [n, D], sum of s [n].
+
+    The queries are already divided by the temperature.
+    """
     n, dim = pairs.queries.shape
     low = pairs.queries.dtype == torch.bfloat16
     dtype = torch.float32 if low else pairs.queries.dtype
@@ -79,11 +75,7 @@ def _sums(
     return lse, mean.div_(total.clamp(min=torch.finfo(dtype).tiny)[:, None]), away
 
 
-def _all_negatives(
-    pairs: Pairs,
-    temperature: float,
-    want_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _all_negatives(pairs: Pairs, temperature: float, want_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
     """lse [n], mean [n, D] and away [n] in the cheapest arithmetic: bfloat16, unshifted, then shifted."""
     queries, scale = pairs.queries / temperature, 1 / temperature
     has_negative = torch.full((len(queries),), len(pairs.key) > 0)
@@ -109,12 +101,7 @@ def _all_negatives(
     return lse, mean, away.mul_(temperature)
 
 
-def _few_negatives(
-    pairs: Pairs,
-    cut: Cut,
-    temperature: float,
-    want_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _few_negatives(pairs: Pairs, cut: Cut, temperature: float, want_mean: bool) -> tuple[Tensor, ...]:
     """lse, mean, away and how many lie below the ceiling [n], where few pairs count: key by key."""
     total, away = (pairs.queries.new_zeros(len(pairs.queries)) for _ in range(2))
     top, below = torch.full_like(total, -math.inf), pairs.key.new_zeros(len(total))

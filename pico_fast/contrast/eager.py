@@ -24,7 +24,7 @@ def negatives(layout: Layout, cut: Cut, temperature: float, want_mean: bool) -> 
         part_mean = work.weighted(p, first, last) if want_mean else mean
         away[rows] += s.masked_fill_(~mask, 0.0).sum(1)
         found[rows] += m
-        lse[rows], merged = merge(lse[rows], mean[rows] if want_mean else mean, part, part_mean)
+        lse[rows], merged = merge(lse[rows], mean[rows], part, part_mean)
         if want_mean:
             mean[rows] = merged.masked_fill_(empty[rows], 0.0)  # 0 x a key of nan is nan
     return Negatives(lse, mean, away, found.narrow(0, 0, 0) if cut.ceiling is None else found)

@@ -104,14 +104,13 @@ def choose(
     if selection.is_cut(own):
         ceiling = mean_similarity(pulled) if selection.strategy(own) == "bounded" else None
         cut = Cut(ceiling, count, selection.hard_fraction)
-    side = Side(own, layout, cut, None, cut.wanted(available), stays)
+    picks, wanted = None, cut.wanted(available)
     if selection.strategy(own) == "hardest":
+        wanted = available.clamp(max=count)
         picks = Picks(*choosing.hardest(layout, own, None, count, False)[:2])
-        side = side._replace(picks=picks, count=available.clamp(max=count))
         if stays is not None:
-            picks = Picks(*map(layout.restore, picks))
-            side = side._replace(picks=shares.cut(picks, stays, own, side.count))
-    return side
+            picks = shares.cut(Picks(*map(layout.restore, picks)), stays, own, wanted)
+    return Side(own, layout, cut, picks, wanted, stays)
 
 
 def mean_similarity(pulled: Side) -> Tensor:
@@ -121,8 +120,7 @@ def mean_similarity(pulled: Side) -> Tensor:
     similar = ops.positives(layout, Cut(), nothing, 1.0, False).similar
     n = layout.available(True).to(similar.dtype)
     if pulled.share is not None:
-        columns = map(layout.restore, (similar, n))
-        similar, n = shares.add(pulled.share.ranks, *columns)
+        similar, n = shares.add(pulled.share.ranks, *map(layout.restore, (similar, n)))
     return torch.where(n > 0, similar / n.clamp(min=1), math.inf)
 
 
@@ -133,7 +131,7 @@ def pool_of(side: Side, selection: Selection, size: int) -> Picks:
     asked = (side.own, side.cut.ceiling, size, selection.needed(side.own) is not None)
     index, similarity, below = choosing.hardest(side.layout, *asked)
     if side.share is not None:
-        return Picks(side.layout.restore(index), side.layout.restore(similarity))
+        return Picks(*map(side.layout.restore, (index, similarity)))
     count = side.count if side.cut.ceiling is None else side.cut.wanted(below)
     behind = torch.arange(size, device=index.device) >= count.unsqueeze(1)
     return Picks(index.masked_fill(behind, -1), similarity.masked_fill(behind, 0.0))
@@ -142,12 +140,10 @@ def pool_of(side: Side, selection: Selection, size: int) -> Picks:
 def mix(side: Side, row: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Log-sum [A] of mixed negatives and their softmax mean [A, D]; in shares this share's part of them."""
     *counts, size = options.mixes
-    pool = pool_of(side, options.selection, size)
+    pool, how = pool_of(side, options.selection, size), (options.temperature, options.seed)
     if side.share is not None:
-        how = (options.mixes, options.temperature, options.seed)
-        return shares.mix(side.layout, side.share, pool, row, *how)
-    pairs = (side.layout.anchors, side.layout.keys, pool.index)
-    return choosing.mix_negatives(*pairs, row, *counts, options.temperature, options.seed)
+        return shares.mix(side.layout, side.share, pool, row, options.mixes, *how)
+    return choosing.mix_negatives(side.layout.anchors, side.layout.keys, pool.index, row, *counts, *how)
 
 
 def sum_negatives(side: Side, row: Tensor, options: Options) -> Negatives:
@@ -186,11 +182,7 @@ def sum_positives(
 
 
 def finish(
-    pulled: Side,
-    pushed: Side,
-    positives: Positives,
-    negatives: Negatives,
-    options: Options,
+    pulled: Side, pushed: Side, positives: Positives, negatives: Negatives, options: Options
 ) -> Rows:
     """Losses and gradients, from what both sides add up to."""
     n = pulled.count.clamp(min=1)
@@ -198,19 +190,11 @@ def finish(
     pull = share / options.temperature
     push = pull * positives.weight
     n_pushed = pushed.count if pushed.cut.ceiling is None else pushed.cut.wanted(negatives.below)
+    means = (positives.similar / n, negatives.away / n_pushed.clamp(min=1))
     gradient = positives.pull
     if options.want_gradient:
         gradient = push.unsqueeze(1) * negatives.mean - pull.unsqueeze(1) * positives.pull
-    return Rows(
-        positives.loss * share,
-        pulled.count > 0,
-        positives.similar / n,
-        negatives.away / n_pushed.clamp(min=1),
-        gradient,
-        negatives.lse,
-        pull,
-        push,
-    )
+    return Rows(positives.loss * share, pulled.count > 0, *means, gradient, negatives.lse, pull, push)
 
 
 def contrast(layout: Layout, share: Share | None, options: Options) -> tuple[Rows, Side, Side]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from pico_fast import checks, reference
 from pico_fast.bank.share import Share
 from pico_fast.contrast import flow, ops, picks
-from pico_fast.contrast.flow import Side
 from pico_fast.contrast.picks import Picks
 from pico_fast.finite import check_keys, finite_anchors
 from pico_fast.selection.eager import class_of_positions
@@ -42,20 +41,8 @@ class ContrastRows(NamedTuple):
     away: Tensor  # [A] mean inner product with the negatives
 
 
-class _Common(NamedTuple):
-    """What the gradient of keys is made of, and both sides have in common."""
-
-    anchors: Tensor  # [A, D] in class order
-    anchor_class: Tensor  # [A] int64
-    keys: Tensor  # [K, D]
-    key_order: Tensor | None  # [W] int64, of all keys
-    ranges: Tensor  # [C, G, 2] int64
-    order: Tensor  # [A] int64
-    lse: Tensor  # [A]
-
-
 class _OfSide(NamedTuple):
-    """And what each side has of its own."""
+    """What the gradient of keys takes from one side, beside the layout of all keys."""
 
     key_order: Tensor | None  # [W] int64, with `ranges` those of its sample; None: all keys take part
     ranges: Tensor | None  # [C, G, 2] int64
@@ -65,41 +52,17 @@ class _OfSide(NamedTuple):
     factor: Tensor  # [A] what its weights are multiplied by
 
 
-def _of_side(side: Side, selection: Selection, factor: Tensor) -> _OfSide:
-    # no tensor twice: a compiler refuses that in the arguments of an autograd Function
-    is_sampled = selection.needed(side.own) is not None
-    sample = (side.layout.key_order, side.layout.ranges) if is_sampled else (None, None)
-    return _OfSide(*sample, side.cut.ceiling, *(side.picks or (None, None)), factor)
-
-
-def _keys_grad(
-    own: bool,
-    common: _Common,
-    side: _OfSide,
-    grad_loss: Tensor,  # [A]
-    temperature: float,
-    cuts: tuple[tuple[int, float], ...],  # count and fraction, of positives and negatives
-    in_batch: bool,
-) -> Tensor:
-    """What one side adds to the gradient of the keys [K, D]."""
-    factor = side.factor * grad_loss.index_select(0, common.order).to(side.factor.dtype)
-    weighted = (common.lse, factor, temperature)
-    if side.index is not None:
-        chosen = Picks(side.index, side.similarity)
-        return picks.keys_grad(chosen, common.anchors, common.keys.shape[0], own, *weighted)
-    where = (common.key_order, common.ranges) if side.ranges is None else side[:2]
-    layout = Layout(*common[:3], *where, common.order if in_batch else None)
-    cut = Cut(side.ceiling, *cuts[0 if own else 1])
-    return ops.keys_grad(layout, cut, own, *weighted)
-
-
 class _Loss(torch.autograd.Function):
-    """A loss [A] whose gradient is known: grad_i times row i of it, and what `saved` tells of the keys."""
+    """A loss [A] whose gradient is known: grad_i times row i of it, and what `saved` tells of the keys.
+
+    `saved` is a layout up to its ranges, its order, Z and what each side has of its own; or nothing.
+    `cuts` are count and fraction, of positives and negatives.
+    """
 
     @staticmethod
-    def forward(ctx, anchors, keys, loss, gradient, temperature, cuts, in_batch, *saved):
+    def forward(ctx, anchors, keys, loss, gradient, temperature, cuts, *saved):
         ctx.save_for_backward(gradient, *saved)
-        ctx.temperature, ctx.cuts, ctx.in_batch = temperature, cuts, in_batch
+        ctx.temperature, ctx.cuts = temperature, cuts
         ctx.dtypes = (anchors.dtype, None if keys is None else keys.dtype)
         return loss.clone()
 
@@ -107,41 +70,49 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         checks.first_order("contrast")
         gradient, *saved = ctx.saved_tensors
-        grad_anchors = grad_keys = None
-        if ctx.needs_input_grad[0]:
-            grad_anchors = gradient * grad_loss.unsqueeze(1)
+        (dtype, keys_dtype), grad_keys = ctx.dtypes, None
+        grad_anchors = gradient * grad_loss.unsqueeze(1) if ctx.needs_input_grad[0] else None
         if saved:
-            common, sides = _Common(*saved[:7]), (_OfSide(*saved[7:13]), _OfSide(*saved[13:]))
-            how = (grad_loss, ctx.temperature, ctx.cuts, ctx.in_batch)
-            grad_keys = _keys_grad(True, common, sides[0], *how)
-            grad_keys = grad_keys + _keys_grad(False, common, sides[1], *how)
-        if ctx.in_batch and saved:
+            *arranged, order, lse = saved[:7]
+            layout = Layout(*arranged, order if keys_dtype is None else None)
+            how = (layout, lse, grad_loss.index_select(0, order), ctx.temperature)
+            grad_keys = _keys_grad(True, _OfSide(*saved[7:13]), ctx.cuts[0], *how)
+            grad_keys = grad_keys + _keys_grad(False, _OfSide(*saved[13:]), ctx.cuts[1], *how)
+        if saved and keys_dtype is None:
             grad_anchors, grad_keys = grad_anchors + grad_keys, None
         if grad_anchors is not None:
-            grad_anchors = grad_anchors.to(ctx.dtypes[0])
+            grad_anchors = grad_anchors.to(dtype)
         if grad_keys is not None:
-            grad_keys = grad_keys.to(ctx.dtypes[1])
-        return grad_anchors, grad_keys, *[None] * (5 + len(saved))
+            grad_keys = grad_keys.to(keys_dtype)
+        return grad_anchors, grad_keys, *[None] * (4 + len(saved))
 
 
-def _by_reference(
-    anchors: Tensor,
-    anchor_labels: Tensor,
-    keys: Tensor | None,
-    key_labels: Tensor | None,
-    settings: Settings,
-    mixes: tuple[int, int, int] | None,
-    seed: Tensor,
-) -> ContrastRows:
+def _keys_grad(
+    own: bool,
+    side: _OfSide,
+    cut: tuple[int, float],
+    layout: Layout,  # of all keys
+    lse: Tensor,  # [A]
+    grad_loss: Tensor,  # [A]
+    temperature: float,
+) -> Tensor:
+    """What one side adds to the gradient of the keys [K, D]."""
+    weighted = (lse, side.factor * grad_loss.to(side.factor.dtype), temperature)
+    if side.index is not None:
+        chosen = Picks(side.index, side.similarity)
+        return picks.keys_grad(chosen, layout.anchors, layout.keys.shape[0], own, *weighted)
+    if side.ranges is not None:
+        layout = layout._replace(key_order=side.key_order, ranges=side.ranges)
+    return ops.keys_grad(layout, Cut(side.ceiling, *cut), own, *weighted)
+
+
+def _by_reference(anchors, anchor_labels, keys, key_labels, settings, mixes, seed) -> ContrastRows:
     pairs, selection = (anchors, anchor_labels, keys, key_labels), settings.selection
     loss, counted = reference.contrast(*pairs, settings.temperature, selection, mixes, seed)
-    pairs = (anchors, finite_anchors(anchors, anchor_labels)[0], keys, key_labels)
-    chosen = reference.select_keys(*pairs, selection, seed)
-    means = (
-        products.sum(1) / (index >= 0).sum(1).clamp(min=1)
-        for index, products in zip(chosen[:2], chosen[2:], strict=True)
-    )
-    return ContrastRows(loss, counted, *means)
+    used, _ = finite_anchors(anchors, anchor_labels)
+    *chosen, similar, away = reference.select_keys(anchors, used, keys, key_labels, selection, seed)
+    n_similar, n_away = ((index >= 0).sum(1).clamp(min=1) for index in chosen)
+    return ContrastRows(loss, counted, similar.sum(1) / n_similar, away.sum(1) / n_away)
 
 
 def contrast_rows(
@@ -172,19 +143,21 @@ def contrast_rows(
         rows = anchors.detach()
         used, spoiled = finite_anchors(rows, anchor_labels)
         layout = flow.lay_out(rows, used, None if keys is None else keys.detach(), key_labels, share)
-        options = (selection, temperature, mixes, seed, first_row, wants_anchors)
-        found, pulled, pushed = flow.contrast(layout, share, flow.Options(*options))
+        options = flow.Options(selection, temperature, mixes, seed, first_row, wants_anchors)
+        found, pulled, pushed = flow.contrast(layout, share, options)
         loss, counted, similar, away = map(layout.restore, found[:4])
         loss = loss.masked_fill(spoiled, math.nan)
         gradient, saved = found.gradient, ()
         if wants_anchors:
             gradient = layout.restore(gradient).masked_fill(spoiled.unsqueeze(1), math.nan)
         if wants_keys:
-            common = _Common(*layout[:5], layout.order, found.lse)
-            sides = ((pulled, found.pull), (pushed, found.push))
-            saved = (*common, *(x for s in sides for x in _of_side(s[0], selection, s[1])))
-    cuts = tuple((side.cut.count, side.cut.fraction) for side in (pulled, pushed))
-    loss = _Loss.apply(anchors, keys, loss, gradient, temperature, cuts, in_batch, *saved)
+            saved = (*layout[:5], layout.order, found.lse)
+            for side, factor in ((pulled, found.pull), (pushed, found.push)):
+                # no tensor twice: a compiler refuses that in the arguments of an autograd Function
+                is_sampled = selection.needed(side.own) is not None
+                sample = (side.layout.key_order, side.layout.ranges) if is_sampled else (None, None)
+                saved += (*sample, side.cut.ceiling, *(side.picks or (None, None)), factor)
+    loss = _Loss.apply(anchors, keys, loss, gradient, temperature, (pulled.cut[1:], pushed.cut[1:]), *saved)
     return ContrastRows(loss, counted, similar, away)
 
 
@@ -265,15 +238,9 @@ def contrast(
     selection = check_selection(sampling, positives, num_positives, num_negatives, hard_fraction)
     check_synthesis(synthesis)
     checks.choice("reduction", reduction, REDUCTIONS)
-    rows = contrast_rows(
-        anchors,
-        anchor_labels,
-        keys,
-        key_labels,
-        None,
-        Settings(selection, temperature, synthesis, checks.implementation(impl)),
-        checks.seed(seed, anchors.device),
-    )
+    settings = Settings(selection, temperature, synthesis, checks.implementation(impl))
+    seed = checks.seed(seed, anchors.device)
+    rows = contrast_rows(anchors, anchor_labels, keys, key_labels, None, settings, seed)
     if reduction == "none":
         return rows.loss
     if reduction == "sum":

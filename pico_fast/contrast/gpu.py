@@ -2,13 +2,11 @@
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pico_fast.contrast.weights import Negatives, Positives
 from pico_fast.kernels import configs, contrast, merge
@@ -16,63 +14,51 @@ from pico_fast.selection import launch as launches
 from pico_fast.selection.eager import class_of_positions
 from pico_fast.selection.layout import Cut, Layout
 
-__all__ = ["keys_grad", "negatives", "positives", "takes"]
-
 
 def takes(layout: Layout, cut: Cut, *_) -> bool:
     """Whether the kernels are for these: all keys count, and what all kernels want."""
     return cut.is_none and launches.takes(layout)
 
 
-class _Stretch(NamedTuple):
-    """Some of the positions in use, and how a launch reads them."""
-
-    spans: Tensor  # [n, 2] int64
-    launch: configs.Launch
-    key_blocks: TensorDescriptor | None
-    splits: int
-
-
-def _stretches(work: launches.Pass, running: bool) -> list[_Stretch]:
+def _stretches(layout: Layout, running: bool) -> list[tuple]:
     """All positions in use: one stretch, or for the copy engine whole tiles and what is left.
 
+    A stretch is spans [n, 2], their launch, keys for the copy engine, and into how many parts it is cut.
     A tile of the copy engine brings rows behind the end of a span along, and those may hold anything:
     multiplied by 0 as well, nan stays nan.
     """
-    found = (work.generation, work.keys.dtype, work.queries.shape[1], running)
-    gathered, spans = configs.negatives(*found, True), work.spans()
-    launch = gathered if work.key_order is not None else configs.negatives(*found, False)
-    splits = work.splits(launch, triton.cdiv(work.n_positions, launch.BN))
-    key_blocks = work.key_blocks(launch)
+    keys, spans = layout.keys, launches.spans(layout)
+    found = (launches.gpu(keys.device)[0], keys.dtype, keys.shape[1], running)
+    gathered = configs.negatives(*found, True)
+    launch = gathered if layout.key_order is not None else configs.negatives(*found, False)
+    splits = launches.splits(layout, launch, triton.cdiv(launches.n_positions(layout), launch.BN))
+    key_blocks = launches.key_blocks(layout, launch)
     if key_blocks is None:
-        return [_Stretch(spans, launch, None, splits)]
+        return [(spans, launch, None, splits)]
     first, length = spans.unbind(1)
     whole = length // launch.BN * launch.BN
-    tiles = torch.stack([first, whole], 1)
-    left = torch.stack([first + whole, length - whole], 1)
-    few = work.splits(gathered, min(len(spans), 16))
-    return [
-        _Stretch(tiles, launch, key_blocks, splits),
-        _Stretch(left, gathered, None, few),
-    ]
+    tiles, left = torch.stack([first, whole], 1), torch.stack([first + whole, length - whole], 1)
+    few = launches.splits(layout, gathered, min(len(spans), 16))
+    return [(tiles, launch, key_blocks, splits), (left, gathered, None, few)]
 
 
 def negatives(layout: Layout, cut: Cut, temperature: float, want_mean: bool) -> Negatives:
     """The op `negatives`: log-sum [A], softmax mean [A, D] and sum of the inner products [A]."""
-    work, anchors, keys = launches.make_pass(layout), layout.anchors, layout.keys
+    layout = launches.dense(layout)
+    anchors, keys = layout.anchors, layout.keys
     n_anchors, channels = anchors.shape
     fixed = keys.dtype != torch.float16  # which has too few exponents for a fixed shift
     new = functools.partial(torch.empty, device=anchors.device)
     scale = math.log2(math.e) / temperature
     # inner products with unit keys are at most this; longer ones raise the flag
-    bound = torch.linalg.vector_norm(work.queries, dim=1, dtype=torch.float32) * scale
+    bound = torch.linalg.vector_norm(anchors, dim=1, dtype=torch.float32) * scale
     flag = torch.zeros(1, dtype=torch.int32, device=anchors.device) if fixed else None
     lse, away = new(n_anchors), new(n_anchors)
     mean = new(n_anchors, channels) if want_mean else None
     # at first with a fixed shift; again with the running maximum, which does nothing unless flagged
     for running in (False, True) if fixed else (True,):
-        stretches = _stretches(work, running)
-        splits = sum(stretch.splits for stretch in stretches)
+        stretches = _stretches(layout, running)
+        splits = sum(count for *_, count in stretches)
         top, total, away_parts = (new(splits, n_anchors) for _ in range(3))
         mean_parts = new(splits, n_anchors, channels) if want_mean else None
         first = 0
@@ -89,11 +75,11 @@ def negatives(layout: Layout, cut: Cut, temperature: float, want_mean: bool) -> 
                 scale=scale,
                 RUNNING=running,
                 **launches.spread(spans, launch.BN, count),
-                **work.options(launch),
+                **launches.options(layout, launch),
             )
             first += count
         merge.merge_kernel[(triton.cdiv(n_anchors, configs.MERGE.BM),)](
-            anchor_class=work.anchor_class,
+            anchor_class=layout.anchor_class,
             top_parts=top,
             total_parts=total,
             away_parts=away_parts,
@@ -107,10 +93,9 @@ def negatives(layout: Layout, cut: Cut, temperature: float, want_mean: bool) -> 
             BR=configs.MERGE.BM,
             RUNNING=running,
             num_warps=configs.MERGE.num_warps,
-            **work.sizes,
+            **launches.sizes(anchors),
         )
-    none = layout.anchor_class.new_empty(0)
-    return Negatives(lse, new(0) if mean is None else mean, away, none)
+    return Negatives(lse, new(0) if mean is None else mean, away, new(0, dtype=torch.int64))
 
 
 def positives(
@@ -121,15 +106,17 @@ def positives(
     want_pull: bool,
 ) -> Positives:
     """The op `positives`: sums of the loss, of w and of the inner products [A], and of w k [A, D]."""
-    work, anchors, keys = launches.make_pass(layout), layout.anchors, layout.keys
+    layout = launches.dense(layout)
+    anchors, keys = layout.anchors, layout.keys
     n_anchors, channels = anchors.shape
     launch = configs.positives(keys.dtype, channels)
     # a class is a small part of the keys: no more parts than can be busy
-    splits = work.splits(launch, min(8, triton.cdiv(work.n_positions, launch.BN)))
+    tiles = triton.cdiv(launches.n_positions(layout), launch.BN)
+    splits = launches.splits(layout, launch, min(8, tiles))
     parts = torch.empty(3, splits, n_anchors, device=anchors.device)
     pull = parts.new_empty(splits, n_anchors, channels) if want_pull else None
     contrast.positives_kernel[(triton.cdiv(n_anchors, launch.BM) * splits,)](
-        own_key=work.own_key,
+        own_key=layout.own_key,
         lse=lse.float().contiguous(),
         loss=parts[0],
         weight=parts[1],
@@ -137,7 +124,7 @@ def positives(
         pull=pull,
         splits=splits,
         scale=1 / temperature,
-        **work.options(launch),
+        **launches.options(layout, launch),
     )
     pull = parts.new_empty(0) if pull is None else pull.sum(0)
     return Positives(*parts.sum(1).unbind(0), pull)
@@ -152,8 +139,8 @@ def keys_grad(
     temperature: float,
 ) -> Tensor:
     """The op `keys_grad`: what one side of the anchors' pairs gives to each key [K, D]."""
-    work, anchors, keys = launches.make_pass(layout), layout.anchors, layout.keys
-    ranges = layout.ranges
+    layout = launches.dense(layout)
+    anchors, keys, ranges = layout.anchors, layout.keys, layout.ranges
     n_classes = ranges.shape[0]
     own_begin = own_end = None
     if own:
@@ -165,18 +152,18 @@ def keys_grad(
     out = torch.zeros(keys.shape, device=keys.device)
     # float16 has too few exponents for weights of any size; TF32 has its 10 bits and float32's
     narrow = launches.tile_dtype(keys.dtype) == torch.bfloat16
-    options = work.options(launch)
+    options, n_positions = launches.options(layout, launch), launches.n_positions(layout)
     for name in ("query_blocks", "ranges", "PARTS", "STAGES"):
         del options[name]
-    contrast.keys_grad_kernel[(triton.cdiv(work.n_positions, launch.BN),)](
-        key_class=class_of_positions(work.ranges, work.n_positions),
+    contrast.keys_grad_kernel[(triton.cdiv(n_positions, launch.BN),)](
+        key_class=class_of_positions(ranges, n_positions),
         own_begin=own_begin,
         own_end=own_end,
-        own_key=work.own_key,
+        own_key=layout.own_key,
         lse=lse.float().contiguous(),
         factor=factor.float().contiguous(),
         out=out,
-        n_positions=work.n_positions,
+        n_positions=n_positions,
         scale=1 / temperature,
         WEIGHTS=tl.bfloat16 if narrow else tl.float32,
         **options,

@@ -39,17 +39,6 @@ def positives(
     return Positives(losses.sum(1), w.sum(1), picks.similarity.sum(1), pull)
 
 
-def _dense(
-    index: Tensor,  # [n, k] int64, all different in a row, -1 where there is none
-    weight: Tensor,  # [n, k], 0 where there is none
-    num_keys: int,
-) -> Tensor:
-    """The weights as a matrix [n, K], 0 for every key that was not picked."""
-    dense = weight.new_zeros(index.shape[0], num_keys + 1)
-    # only the column that is cut off takes several
-    return dense.scatter_(1, torch.where(index < 0, num_keys, index), weight)[:, :-1]
-
-
 def keys_grad(
     picks: Picks,
     anchors: Tensor,  # [A, D]
@@ -70,9 +59,12 @@ def keys_grad(
         weight = weight * part.unsqueeze(1)
     weight = weight * factor.unsqueeze(1)
     out = weight.new_zeros(num_keys, anchors.shape[1])
-    rows = anchors.to(weight.dtype)
+    rows, column = anchors.to(weight.dtype), torch.where(mask, picks.index, num_keys)
     block = max(1, _BLOCK // (num_keys + 1))
     for first in range(0, rows.shape[0], block):
         here = slice(first, first + block)
-        out.addmm_(_dense(picks.index[here], weight[here], num_keys).T, rows[here])
+        dense = weight.new_zeros(rows[here].shape[0], num_keys + 1)
+        # only the column that is cut off takes several
+        dense = dense.scatter_(1, column[here], weight[here])[:, :-1]
+        out.addmm_(dense.T, rows[here])
     return out

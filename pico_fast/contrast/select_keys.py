@@ -27,11 +27,12 @@ def _select(layout: Layout, selection: Selection, seed: Tensor) -> list[Tensor]:
     found, pulled = [], None
     for own in (True, False):
         side = pulled = flow.choose(layout, None, selection, own, seed, pulled)
-        width = {"all": layout.keys.shape[0], "hardest": selection.count(own)}
-        strategy = selection.strategy(own)
-        if strategy == "random":  # the one number that is read back
-            width[strategy] = int(side.count.max()) if side.count.numel() else 0
-        found.append(flow.pool_of(side, selection, width.get(strategy, selection.count(own))))
+        strategy, width = selection.strategy(own), selection.count(own)
+        if strategy == "all":
+            width = layout.keys.shape[0]
+        elif strategy == "random":  # the one number that is read back
+            width = int(side.count.max()) if side.count.numel() else 0
+        found.append(flow.pool_of(side, selection, width))
     return [layout.restore(x) for pair in zip(*found, strict=True) for x in pair]
 
 
@@ -92,5 +93,4 @@ def select_keys(
     else:
         with torch.no_grad():
             found = _select(of_labels(*pairs), selection, seed)
-    positive_index, negative_index, positive, negative = found
-    return SelectedKeys(positive_index, negative_index, positive.float(), negative.float())
+    return SelectedKeys(*found[:2], *(similarity.float() for similarity in found[2:]))

@@ -65,15 +65,12 @@ def own_rows(ranks: Ranks, rows: Tensor) -> Tensor:
 def add(ranks: Ranks, *parts: Tensor) -> list[Tensor]:
     """The sums over shares of [N·A] and [N·A, D] in rank order, of this rank's anchors: [A] and [A, D].
 
-    An empty part is one that nobody wants; it stays as it is.
+    A part that nobody wants is [0], and stays so.
     """
-    columns = [x.unsqueeze(1) if x.dim() == 1 else x for x in parts if x.numel()]
+    n = parts[0].shape[0]
+    columns = [x.reshape(n, x.numel() // n) for x in parts]
     found = ranks.start_sum_own(torch.cat(columns, 1))().split([x.shape[1] for x in columns], 1)
-    arrived = iter(found)
-    out = [next(arrived) if x.numel() else x for x in parts]
-    return [
-        x.squeeze(1) if part.dim() == 1 and part.numel() else x for x, part in zip(out, parts, strict=True)
-    ]
+    return [x.flatten() if part.dim() == 1 else x for x, part in zip(found, parts, strict=True)]
 
 
 def merge_negatives(ranks: Ranks, found: Negatives) -> Negatives:

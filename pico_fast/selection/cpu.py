@@ -22,24 +22,16 @@ _TILE, _WHOLE = 2**19, 3 * 2**21
 # up to so many anchors keys are multiplied as they lie; for more it pays to take and convert them first
 FEW, _FEW_TILE = 16, 2**16
 
-torch.library.define(
-    "pico_fast::multiply_few",
-    "(Tensor rows, Tensor keys, Tensor? which, Tensor(a!) products) -> ()",
-)
-torch.library.define(
-    "pico_fast::cut_rows",
-    "(Tensor(a!) similarity, Tensor? ceiling, int count, float fraction, bool own, Tensor(b!) below) -> ()",
-)
-torch.library.define(
-    "pico_fast::keep_hardest",
-    "(Tensor similarity, Tensor? name, int first, Tensor? ceiling, bool own, int count,"
+_SCHEMAS = {
+    "multiply_few": "(Tensor rows, Tensor keys, Tensor? which, Tensor(a!) products) -> ()",
+    "cut_rows": "(Tensor(a!) similarity, Tensor? ceiling, int count, float fraction, bool own,"
+    " Tensor(b!) below) -> ()",
+    "keep_hardest": "(Tensor similarity, Tensor? name, int first, Tensor? ceiling, bool own, int count,"
     " Tensor(a!) kept, Tensor(b!) tally) -> ()",
-)
-torch.library.define(
-    "pico_fast::list_kept",
-    "(Tensor(a!) kept, Tensor tally, bool own, Tensor(b!) index, Tensor(c!) similarity) -> ()",
-)
-for _name in ("multiply_few", "cut_rows", "keep_hardest", "list_kept"):
+    "list_kept": "(Tensor(a!) kept, Tensor tally, bool own, Tensor(b!) index, Tensor(c!) similarity) -> ()",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"pico_fast::{_name}", _schema)
     torch.library.register_fake(f"pico_fast::{_name}")(lambda *_: None)
 _ops = torch.ops.pico_fast
 
@@ -82,13 +74,8 @@ def pairs_of(layout: Layout) -> Pairs:
     sizes = ranges.select(2, 1).sum(1)
     classes, counts = anchor_class[:n].unique_consecutive(return_counts=True)
     lasts, rows = sizes.cumsum(0)[classes].tolist(), counts.cumsum(0).tolist()
-    own = [
-        (slice(row - count, row), last - size, last)
-        for row, count, last, size in zip(
-            rows, counts.tolist(), lasts, sizes[classes].tolist(), strict=True
-        )
-        if size
-    ]
+    columns = zip(rows, counts.tolist(), lasts, sizes[classes].tolist(), strict=True)
+    own = [(slice(row - count, row), last - size, last) for row, count, last, size in columns if size]
     return Pairs(queries, keys.contiguous(), key, own, own_key)
 
 
@@ -126,23 +113,16 @@ def _steps(pairs: Pairs, own: bool, whole: bool) -> list[tuple[slice, int, int]]
         n = rows.stop - rows.start
         if whole:
             blocks = -(-n // max(FEW, _WHOLE // (last - first)))
-            size = -(-n // max(1, blocks))
-            steps += [
-                (slice(at, min(at + size, rows.stop)), first, last)
-                for at in range(rows.start, rows.stop, max(1, size))
-            ]
+            size = max(1, -(-n // max(1, blocks)))
+            starts = range(rows.start, rows.stop, size)
+            steps += [(slice(at, min(at + size, rows.stop)), first, last) for at in starts]
         else:
             size = _FEW_TILE if n <= FEW else min(4096, max(256, _TILE // n))
             steps += [(rows, at, min(at + size, last)) for at in range(first, last, size)]
     return steps
 
 
-def tiles(
-    pairs: Pairs,
-    own: bool,
-    whole: bool = False,
-    excluded: float | None = None,
-) -> Iterator[Tile]:
+def tiles(pairs: Pairs, own: bool, whole: bool = False, excluded: float | None = None) -> Iterator[Tile]:
     """All pairs of one side; the others in a tile are `excluded`: None: of hardness -inf.
 
     `whole`: a tile holds all columns that its anchors meet. The next tile takes the memory of its
@@ -151,8 +131,7 @@ def tiles(
     excluded = (math.inf if own else -math.inf) if excluded is None else excluded
     steps = _steps(pairs, own, whole)
     sizes = ((rows.stop - rows.start) * _padded(last - first) for rows, first, last in steps)
-    largest = max(sizes, default=0)
-    buffer = pairs.queries.new_empty(largest)
+    buffer = pairs.queries.new_empty(max(sizes, default=0))
     widest = max((last - first for _, first, last in steps), default=0)
     converted, columns, where, taken = None, None, None, None
     for rows, first, last in steps:
@@ -190,38 +169,8 @@ def counted(pairs: Pairs, own: bool, cut: Cut) -> Iterator[tuple[Tile, Tensor | 
         below = None
         if not cut.is_none:
             below = pairs.key.new_empty(len(tile.similarity))
-            ceiling, *share = cut.of(tile.rows)
-            _ops.cut_rows(tile.similarity, ceiling, *share, own, below)
+            _ops.cut_rows(tile.similarity, *cut.of(tile.rows), own, below)
         yield tile, below
-
-
-def _keep(
-    pairs: Pairs,
-    own: bool,
-    ceiling: Tensor | None,  # [A]
-    count: int,
-    by_place: bool,
-) -> tuple[Tensor, Tensor]:
-    """The `count` hardest of each anchor in C++'s own words [n, room], and a tally [n, 3].
-
-    The tally tells of each anchor how many are kept, how many candidates there were, and the least
-    hardness worth keeping.
-    """
-    queries = pairs.queries
-    most = max((last - first for _, first, last in pairs.own), default=0) if own else len(pairs.key)
-    count = max(1, min(count, most))
-    room = 96 + min(most, count + count // 2 + 256)
-    kept = queries.new_empty(len(queries), room * queries.itemsize // 4, dtype=torch.int64)
-    tally = torch.zeros(len(queries), 3, dtype=torch.int64)
-    for tile in tiles(pairs, own, whole=by_place):  # as the sums see them, where a cut decides
-        rows, name, first = tile.rows, None, tile.first
-        if not by_place:
-            is_slice = isinstance(tile.where, slice)
-            name, first = (None, tile.where.start) if is_slice else (tile.where, 0)
-        top = None if ceiling is None else ceiling[rows]
-        state = (kept[rows], tally[rows])
-        _ops.keep_hardest(tile.similarity, name, first, top, own, count, *state)
-    return kept, tally
 
 
 def hardest(
@@ -233,10 +182,23 @@ def hardest(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `hardest`: keys [A, count] and similarities, hardest first; how many lie below a ceiling."""
     pairs, n_anchors = pairs_of(layout), layout.anchors.shape[0]
-    n = len(pairs.queries)  # behind them stand empty slots
-    kept, tally = _keep(pairs, own, ceiling, count, by_place)
+    queries, n = pairs.queries, len(pairs.queries)  # behind them stand empty slots
+    most = max((last - first for _, first, last in pairs.own), default=0) if own else len(pairs.key)
+    least = max(1, min(count, most))
+    room = 96 + min(most, least + least // 2 + 256)
+    # the hardest in C++'s own words
+    kept = queries.new_empty(n, room * queries.itemsize // 4, dtype=torch.int64)
+    # how many are kept, how many candidates there were, the least hardness worth keeping
+    tally = torch.zeros(n, 3, dtype=torch.int64)
+    for tile in tiles(pairs, own, whole=by_place):  # as the sums see them, where a cut decides
+        rows, name, first = tile.rows, None, tile.first
+        if not by_place:
+            is_slice = isinstance(tile.where, slice)
+            name, first = (None, tile.where.start) if is_slice else (tile.where, 0)
+        top = None if ceiling is None else ceiling[rows]
+        _ops.keep_hardest(tile.similarity, name, first, top, own, least, kept[rows], tally[rows])
     index = pairs.key.new_full((n_anchors, count), -1)
-    similarity = pairs.queries.new_zeros(index.shape)
+    similarity = queries.new_zeros(index.shape)
     _ops.list_kept(kept, tally, own, index[:n], similarity[:n])
     if by_place and len(pairs.key):
         index = torch.where(index < 0, -1, pairs.key[index.clamp(min=0)])

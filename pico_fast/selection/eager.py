@@ -148,25 +148,14 @@ def within(
     return (harder | equal) & (n > 0), m
 
 
-def _ranked(
-    hardness: Tensor,  # [n, W]
-    mask: Tensor,  # [n, W] bool
-    count: int,
-) -> Tensor:
-    """Columns of the `count` hardest of each row, equal ones by lower column, -1 behind: [n, count]."""
-    order = hardness.masked_fill(~mask, -math.inf).argsort(dim=1, descending=True, stable=True)
-    behind = torch.arange(order.shape[1], device=order.device) >= mask.sum(1, keepdim=True)
-    return order.masked_fill(behind, -1)[:, :count]
-
-
 def hardest(
     layout: Layout,
     own: bool,
     ceiling: Tensor | None,  # [A]
     count: int,
     by_place: bool,
-) -> tuple[Tensor, Tensor]:
-    """The op `hardest`: keys of one side [A, count], hardest first, and their similarities."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `hardest`: keys of one side [A, count] and similarities, hardest first; how many lie below."""
     work = positions(layout)
     if layout.key_order is not None and not by_place:
         order = layout.key_order.argsort(stable=True)  # columns by key: equal ones then go by lower key
@@ -178,10 +167,12 @@ def hardest(
         s = work.similarity(rows, first, last)
         mask = work.candidates(rows, first, last, own)
         mask = below(mask, s, None if ceiling is None else ceiling[rows])
+        hardness = (-s if own else s).masked_fill(~mask, -math.inf)
+        # equal ones by lower column
+        column = hardness.argsort(dim=1, descending=True, stable=True)[:, :count]
         found[rows] += mask.sum(1)
-        column = _ranked(-s if own else s, mask, min(count, last - first))
-        there, column = column >= 0, column.clamp(min=0)
         width = column.shape[1]
+        there = torch.arange(width, device=s.device) < mask.sum(1, keepdim=True)
         index[rows, :width] = torch.where(there, work.key[column], -1)
         similarity[rows, :width] = s.gather(1, column).masked_fill_(~there, 0.0)
     return index, similarity, found.narrow(0, 0, 0) if ceiling is None else found
@@ -219,18 +210,15 @@ def mix_negatives(
 ) -> tuple[Tensor, Tensor]:
     """The op `mix_negatives`: log-sum of exp(<a, h> / temperature) over mixes [A], their mean [A, D]."""
     dtype = product_dtype(anchors, keys)
-    n_mixes = negative_negative + negative_anchor
     lse = anchors.new_full((anchors.shape[0],), -math.inf, dtype=dtype)
     mean = anchors.new_zeros(anchors.shape, dtype=dtype)
     if keys.shape[0] == 0 or pool_index.shape[1] == 0:
         return lse, mean
-    block = max(1, _BLOCK // (n_mixes * anchors.shape[1]))
+    how = (negative_negative, negative_anchor, seed)
+    block = max(1, _BLOCK // ((negative_negative + negative_anchor) * anchors.shape[1]))
     for first in range(0, anchors.shape[0], block):
         here = slice(first, first + block)
-        counts = (negative_negative, negative_anchor)
-        mixed, exists = reference.synthesise(
-            anchors[here], keys, pool_index[here], row[here], *counts, seed
-        )
+        mixed, exists = reference.synthesise(anchors[here], keys, pool_index[here], row[here], *how)
         s = torch.bmm(mixed, anchors[here, :, None].to(dtype))[..., 0] / temperature
         s = s.masked_fill_(~exists, -math.inf)
         lse[here] = s.logsumexp(1)

@@ -32,7 +32,7 @@ _LEAST = torch.iinfo(torch.int64).min
 def takes_hardest(layout: Layout, own: bool, ceiling: Tensor | None, count: int, by_place: bool) -> bool:
     """Whether the kernels are for these; see `launch.takes`. float32 rows of 512 do not fit."""
     wide = layout.anchors.shape[1] > 256 and layout.keys.dtype == torch.float32
-    small = configs.family(launches.device_of(layout.anchors)[0]) == 86
+    small = configs.family(launches.gpu(layout.anchors.device)[0]) == 86
     held = 0 < count <= (MAX_COUNT // 2 if small else MAX_COUNT)
     return ceiling is None and not by_place and held and not wide and launches.takes(layout)
 
@@ -40,25 +40,24 @@ def takes_hardest(layout: Layout, own: bool, ceiling: Tensor | None, count: int,
 class _Side:
     """One side, positives or negatives, of all anchors."""
 
-    def __init__(self, work: launches.Pass, own: bool, count: int) -> None:
-        self.work, self.own, self.count = work, own, count
-        n_anchors, device = len(work.queries), work.queries.device
-        launch = configs.hardest(work.keys.dtype, work.queries.shape[1])
-        tiles = triton.cdiv(work.n_positions, launch.BN)
+    def __init__(self, layout: Layout, own: bool, count: int) -> None:
+        self.layout, self.own, self.count = layout, own, count
+        n_anchors, device = len(layout.anchors), layout.keys.device
+        launch = configs.hardest(layout.keys.dtype, layout.keys.shape[1])
+        tiles = triton.cdiv(launches.n_positions(layout), launch.BN)
         blocks = triton.cdiv(n_anchors, launch.BM)
-        splits = launches.choose_splits(blocks, work.processors, min(tiles, 64))
+        splits = launches.choose_splits(blocks, launches.gpu(layout.keys.device)[1], min(tiles, 64))
         self.options = {
-            **work.options(launch),
-            **launches.spread(work.spans(), launch.BN, splits),
-            "key_blocks": work.key_blocks(launch),
-            "own_key": work.own_key if own else None,
+            **launches.options(layout, launch),
+            **launches.spread(launches.spans(layout), launch.BN, splits),
+            "key_blocks": launches.key_blocks(layout, launch),
+            "own_key": layout.own_key if own else None,
             "OWN": own,
         }
         self.grid = (blocks * splits,)
         # in batch an anchor itself is one too many among its positives, which makes no difference
-        sizes = work.ranges.select(2, 1).sum(1)
-        of_class = sizes.take(work.anchor_class.clamp(min=0))
-        self.available = of_class if own else sizes.sum() - of_class
+        of_class = layout.sizes.take(layout.anchor_class.clamp(min=0))
+        self.available = of_class if own else layout.sizes.sum() - of_class
         # four times as many as wanted: what an estimated threshold lets through hardly ever overflows
         self.capacity = triton.next_power_of_2(max(4 * count, 16))
         self.found = torch.empty(n_anchors, dtype=torch.int32, device=device)
@@ -98,7 +97,7 @@ class _Side:
         kernels.order_kernel[(n_anchors,)](
             self.candidates,
             self.found,
-            self.work.anchor_class,
+            self.layout.anchor_class,
             index,
             similarity,
             self.count,
@@ -122,32 +121,33 @@ def _sampled_threshold(side: _Side) -> Tensor:
     A sample of all keys in use holds of each anchor's wanted about as large a part, t, give or take the
     root of t. Six roots more are let through.
     """
-    work = side.work
-    first, length = work.ranges.flatten(0, 1).unbind(1)
+    layout = side.layout
+    anchors, anchor_class, keys, key_order, ranges, _ = layout.tensors
+    first, length = ranges.flatten(0, 1).unbind(1)
     behind = length.cumsum(0)
     n_used = behind[-1]
-    size = min(_SAMPLE, max(work.n_positions // 16, 1))
+    size = min(_SAMPLE, max(launches.n_positions(layout) // 16, 1))
     # evenly over all positions in use, so over all classes
     place = torch.arange(size, device=first.device) * n_used // size
     part = torch.searchsorted(behind, place, right=True).clamp(max=len(behind) - 1)
     position = first.take(part) + place - (behind - length).take(part)
-    rows = position.clamp(max=work.n_positions - 1)
-    if work.key_order is not None:
-        rows = work.key_order.take(rows).clamp(min=0)
-    keys = work.keys.index_select(0, rows).to(work.queries.dtype)
-    sample_class = (part // work.ranges.shape[1]).int()
+    rows = position.clamp(max=launches.n_positions(layout) - 1)
+    if key_order is not None:
+        rows = key_order.take(rows).clamp(min=0)
+    keys = keys.index_select(0, rows).to(anchors.dtype)
+    sample_class = (part // ranges.shape[1]).int()
     t = side.count * size / n_used.clamp(min=1)
     rank = (t + 6 * t.sqrt()).ceil().int()
-    threshold = torch.empty_like(work.anchor_class)
+    threshold = torch.empty_like(anchor_class)
     block = max(1, _SAMPLE_VALUES // size)
     slots = min(_SLOTS, max(16, triton.next_power_of_2(size)))
     for begin in range(0, len(threshold), block):
         here = slice(begin, begin + block)
-        s = _inner_products(work.queries[here], keys)
+        s = _inner_products(anchors[here], keys)
         kernels.estimate_kernel[(len(s),)](
             s,
             sample_class,
-            work.anchor_class[here],
+            anchor_class[here],
             rank,
             threshold[here],
             size,
@@ -162,16 +162,14 @@ def hardest(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `hardest`: rows of keys [A, count], hardest first, and their inner products."""
     none = layout.anchor_class.new_empty(0)
-    work = launches.make_pass(layout)
-    side = _Side(work, own, count)
-    used = (work.anchor_class >= 0).int()
-    if own or work.n_positions <= _FEW * count:
+    layout = launches.dense(layout)
+    side = _Side(layout, own, count)
+    used = (layout.anchor_class >= 0).int()
+    if own or launches.n_positions(layout) <= _FEW * count:
         side.append(used, side.exact_threshold(used))
         return *side.ordered(), none
-    few = side.available <= count
-    side.append(used, torch.where(few, _LEAST, _sampled_threshold(side)))
-    wanted = side.available.clamp(max=count)
-    misled = (side.found < wanted) | (side.found > side.capacity)
+    side.append(used, torch.where(side.available <= count, _LEAST, _sampled_threshold(side)))
+    misled = (side.found < side.available.clamp(max=count)) | (side.found > side.capacity)
     misled = (misled & (used != 0)).int()
     side.append(misled, side.exact_threshold(misled))
     return *side.ordered(), none

@@ -49,8 +49,7 @@ class Layout(NamedTuple):
     anchors: Tensor  # [A, D], 0 in empty slots
     anchor_class: Tensor  # [A] int64 row of `ranges`, ascending; -1 in empty slots, which come last
     keys: Tensor  # [K, D] as they lie
-    # [W] int64, the key at each position; None: positions are rows of keys
-    key_order: Tensor | None
+    key_order: Tensor | None  # [W] int64, the key at each position; None: positions are rows of keys
     ranges: Tensor  # [C, G, 2] int64, first position and length of each part of each class
     own_key: Tensor | None  # [A] int64, in batch: the key that an anchor is itself
     # ops are not told these two
@@ -85,8 +84,7 @@ class Layout(NamedTuple):
         here = torch.zeros_like(self.own_key, dtype=torch.int32)
         position = torch.arange(self.key_order.shape[0], device=here.device)
         key = torch.where(position < self.sizes.sum(), self.key_order, -1)
-        there = torch.where(key >= 0, 1, 0).int()
-        here = here.scatter_add(0, key.clamp(min=0), there)
+        here = here.scatter_add(0, key.clamp(min=0), (key >= 0).int())
         return here.gather(0, self.own_key) > 0
 
     def restore(self, rows: Tensor) -> Tensor:

@@ -41,13 +41,9 @@ def register(op: str, key: str, function, pack) -> None:
     torch.library.impl(f"pico_fast::{op}", key, without_autocast)
 
 
-def _packed(anchors, anchor_class, keys, key_order, ranges, own_key, *rest):
-    return Layout(anchors, anchor_class, keys, key_order, ranges, own_key), *rest
-
-
 def implement(op: str, key: str, function) -> None:
     """Make `function` the implementation of an op of this page; a layout it takes in one piece."""
-    register(op, key, function, _packed if op == "hardest" else lambda *args: args)
+    register(op, key, function, lambda *args: (Layout(*args[:6]), *args[6:]) if op == "hardest" else args)
 
 
 for _name, _schema in _SCHEMAS.items():

@@ -28,6 +28,10 @@ class Selection:
     num_negatives: int
     hard_fraction: float
 
+    def __post_init__(self) -> None:
+        checks.choice("positives", self.positives, POSITIVES)
+        checks.choice("negatives", self.negatives, SAMPLINGS)
+
     def count(self, own: bool) -> int:
         """The limit of one side: the positives' (`own`) or the negatives'."""
         return self.num_positives if own else self.num_negatives
@@ -38,31 +42,17 @@ class Selection:
 
     def needed(self, own: bool) -> int | None:
         """Keys that the sample of one side has to offer an anchor; None where all keys take part."""
-        strategy, count = self.strategy(own), self.count(own)
-        if strategy in ("all", "hardest"):
+        if self.strategy(own) in ("all", "hardest"):
             return None
-        if strategy == "random":
-            return count
-        if strategy in ("semi_hard", "bounded"):
-            return math.ceil(count / self.hard_fraction)
-        raise ValueError(f"selection: no such strategy as {strategy!r}")
+        return math.ceil(self.count(own) / self.hard_fraction) if self.is_cut(own) else self.count(own)
 
     def is_cut(self, own: bool) -> bool:
         """Whether of the sampled keys a share counts: the hardest of them."""
-        strategy = self.strategy(own)
-        if strategy in ("all", "random", "hardest"):
-            return False
-        if strategy in ("semi_hard", "bounded"):
-            return True
-        raise ValueError(f"selection: no such strategy as {strategy!r}")
+        return self.strategy(own) in ("semi_hard", "bounded")
 
 
 def check_selection(
-    sampling: object,
-    positives: object,
-    num_positives: object,
-    num_negatives: object,
-    hard_fraction: object,
+    sampling: object, positives: object, num_positives: object, num_negatives: object, hard_fraction: object
 ) -> Selection:
     """The selection that these options mean; raises unless they are possible ones."""
     checks.choice("sampling", sampling, SAMPLINGS)

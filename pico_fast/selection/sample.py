@@ -45,13 +45,7 @@ def draw_sample(
     elif slots is not None:
         # the same share of the largest class comes on top, and of each class a part of a key
         capacity = min(n_keys, need + slots + n_classes)
-    key_order, ranges = sample_keys(
-        layout.ranges,
-        layout.names,
-        layout.key_order,
-        wanted(layout.sizes, need, own),
-        seed,
-        draws.POSITIVE if own else draws.NEGATIVE,
-        capacity,
-    )
+    classes = (layout.ranges, layout.names, layout.key_order, wanted(layout.sizes, need, own))
+    stream = draws.POSITIVE if own else draws.NEGATIVE
+    key_order, ranges = sample_keys(*classes, seed, stream, capacity)
     return layout._replace(key_order=key_order, ranges=ranges)
