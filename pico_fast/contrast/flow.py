@@ -131,7 +131,7 @@ def pool_of(side: Side, selection: Selection, size: int) -> Picks:
     asked = (side.own, side.cut.ceiling, size, selection.needed(side.own) is not None)
     index, similarity, below = choosing.hardest(side.layout, *asked)
     if side.share is not None:
-        return Picks(*map(side.layout.restore, (index, similarity)))
+        return Picks(side.layout.restore(index), side.layout.restore(similarity))
     count = side.count if side.cut.ceiling is None else side.cut.wanted(below)
     behind = torch.arange(size, device=index.device) >= count.unsqueeze(1)
     return Picks(index.masked_fill(behind, -1), similarity.masked_fill(behind, 0.0))
@@ -175,8 +175,7 @@ def sum_positives(
     elif side.share is None:
         found = ops.positives(layout, side.cut, lse, *how)
     else:
-        lse = lse.index_select(0, layout.order)
-        found = ops.positives(layout, side.cut, lse, *how)
+        found = ops.positives(layout, side.cut, lse.index_select(0, layout.order), *how)
         found = [layout.restore(x) if x.numel() else x for x in found]
     return Positives(*(found if side.share is None else shares.add(side.share.ranks, *found)))
 

@@ -106,11 +106,11 @@ def _keys_grad(
     return ops.keys_grad(layout, Cut(side.ceiling, *cut), own, *weighted)
 
 
-def _by_reference(anchors, anchor_labels, keys, key_labels, settings, mixes, seed) -> ContrastRows:
-    pairs, selection = (anchors, anchor_labels, keys, key_labels), settings.selection
+def _by_reference(pairs: tuple, settings: Settings, mixes: tuple | None, seed: Tensor) -> ContrastRows:
+    (anchors, anchor_labels, *of_keys), selection = pairs, settings.selection
     loss, counted = reference.contrast(*pairs, settings.temperature, selection, mixes, seed)
     used, _ = finite_anchors(anchors, anchor_labels)
-    *chosen, similar, away = reference.select_keys(anchors, used, keys, key_labels, selection, seed)
+    *chosen, similar, away = reference.select_keys(anchors, used, *of_keys, selection, seed)
     n_similar, n_away = ((index >= 0).sum(1).clamp(min=1) for index in chosen)
     return ContrastRows(loss, counted, similar.sum(1) / n_similar, away.sum(1) / n_away)
 
@@ -133,7 +133,7 @@ def contrast_rows(
     if is_reference:
         if share is not None:
             keys, key_labels = share.keys, class_of_positions(share.ranges, share.keys.shape[0])
-        return _by_reference(anchors, anchor_labels, keys, key_labels, settings, mixes, seed)
+        return _by_reference((anchors, anchor_labels, keys, key_labels), settings, mixes, seed)
 
     records = torch.is_grad_enabled()
     wants_anchors = records and anchors.requires_grad
