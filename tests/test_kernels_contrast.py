@@ -120,7 +120,7 @@ def test_the_number_of_splits_changes_rounding_alone(monkeypatch):
     of = scenes.layout("bank", 40, 16, 9, 90)
     results = []
     for processors in (1, 3, 16):
-        monkeypatch.setattr(launch, "_device", lambda _, p=processors: (90, p))
+        monkeypatch.setattr(launch, "gpu", lambda _, p=processors: (90, p))
         found = gpu.negatives(of, ALL, 0.1, True)[:3]
         results.append([*found, *gpu.positives(of, ALL, found[0], 0.1, True)])
     for result in results[1:]:
@@ -129,7 +129,7 @@ def test_the_number_of_splits_changes_rounding_alone(monkeypatch):
 
 
 def test_without_a_copy_engine(monkeypatch):
-    monkeypatch.setattr(launch, "_device", lambda _: (80, 4))
+    monkeypatch.setattr(launch, "gpu", lambda _: (80, 4))
     check(scenes.layout("bank", 40, 24, 4, 90), torch.float32, 0.1)
 
 
