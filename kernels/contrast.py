@@ -116,11 +116,12 @@ def negatives_kernel(
                         other = other & (position < end)[None, :]
                     logits = tl.where(other, logits, float("-inf"))
                     s = tl.where(other, s, 0.0)
-                new = tl.maximum(shift, tl.max(logits, 1) - lift)
+                new = tl.maximum(shift, tl.max(logits, 1))
                 # a row without a negative yet stays at -inf, and -inf - -inf would be nan
                 safe = tl.where(new == float("-inf"), 0.0, new)
                 fade = tl.exp2(shift - safe)
-                p = tl.exp2(logits - safe[:, None])
+                # lifted last: a large maximum rounds what is added to it
+                p = tl.exp2(logits - safe[:, None] + lift)
                 sums *= fade
                 acc *= fade[:, None]
                 shift = new
@@ -146,10 +147,11 @@ def negatives_kernel(
     inside = block * BM + row < n_anchors
     out_block = split.to(tl.int64) * n_anchors + block * BM
     tl.store(top + out_block + row, shift, mask=inside)
-    tl.store(total + out_block + row, sums, mask=inside)
+    unlift: tl.constexpr = 0.00006103515625 if q.dtype == tl.float16 else 1.0  # 2^-14
+    tl.store(total + out_block + row, sums * unlift, mask=inside)
     tl.store(away + out_block + row, products, mask=inside)
     if mean is not None:
-        store_block(mean, acc, out_block, inside, D, BD)
+        store_block(mean, acc * unlift, out_block, inside, D, BD)
 
 
 @triton.jit

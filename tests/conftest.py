@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch.utils._device import _device_constructors
 
 if not torch.cuda.is_available():
     # without a GPU the Triton kernels run as Python; they want to know before they are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
 import pico_fast
 
