@@ -1,7 +1,8 @@
 """Launch settings: data, by GPU generation, bytes of a value and (padded) channels.
 
-A row is (BM anchors, BN keys, warps, stages). Every row compiles without spilled registers and within the
-shared memory of its cards; `tests/test_kernels_compile.py` holds them to it and prints the table.
+A row is (BM anchors, BN keys, warps, stages). With the Triton of requirements-dev.lock every row compiles
+without spilled registers and within the shared memory of its cards; `tests/test_kernels_compile.py` holds
+them to it and prints the table.
 No row was timed on a GPU yet: each was chosen by its resources alone.
 """
 

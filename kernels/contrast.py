@@ -81,8 +81,9 @@ def negatives_kernel(
     sums = tl.zeros([BM], tl.float32)
     products = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
-    # float16 has few exponents: its weights are lifted
-    lift: tl.constexpr = 14.0 if q.dtype == tl.float16 else 0.0
+    # float16 has few exponents: its weights are lifted by 2^14, and their sums let down in the end
+    lift: tl.constexpr = 14.0 if RUNNING and q.dtype == tl.float16 else 0.0
+    unlift: tl.constexpr = 0.00006103515625 if lift > 0.0 else 1.0
 
     tile = tl.load(split_tiles + split).to(tl.int32)
     stop = tl.load(split_tiles + split + 1).to(tl.int32)
@@ -147,7 +148,6 @@ def negatives_kernel(
     inside = block * BM + row < n_anchors
     out_block = split.to(tl.int64) * n_anchors + block * BM
     tl.store(top + out_block + row, shift, mask=inside)
-    unlift: tl.constexpr = 0.00006103515625 if q.dtype == tl.float16 else 1.0  # 2^-14
     tl.store(total + out_block + row, sums * unlift, mask=inside)
     tl.store(away + out_block + row, products, mask=inside)
     if mean is not None:

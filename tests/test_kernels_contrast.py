@@ -83,6 +83,17 @@ def test_the_running_maximum_takes_over(temperature, length):
     check(of._replace(anchors=of.anchors * length), torch.float32, temperature)
 
 
+def test_a_maximum_that_rounds_by_hundreds():
+    """Similarities of float16 keys up to 4e8 to base 2: a weight is at most 1 there as well."""
+    of = scenes.with_keys(scenes.layout("bank", 40, 16, 3, 40), torch.float16)
+    of = of._replace(anchors=of.anchors * 3000, keys=of.keys * 500)
+    truth = scenes.negatives(scenes.pairs(of, torch.float16), 0.005)
+    lse, mean, _, _ = gpu.negatives(of, ALL, 0.005, True)
+    near(lse, truth[0], 1e-5)
+    # the greatest has nearly all of the weight
+    near(mean, truth[1], 1e-3)
+
+
 def test_nothing_to_compare_with():
     of = scenes.layout("bank", 20, 16, 3, 40)
     for empty in (
