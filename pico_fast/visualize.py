@@ -120,9 +120,8 @@ def embeddings_by_class(
     shown = flat.unique().tolist()
     for c in shown:
         here = points[flat == c].numpy()
-        axes.scatter(
-            here[:, 0], here[:, 1], s=8, color=_colour(c), label=class_names[c] if class_names else str(c)
-        )
+        name = class_names[c] if class_names else str(c)
+        axes.scatter(here[:, 0], here[:, 1], s=8, color=_colour(c), label=name)
     axes.set(title=f"pixel embeddings, {method}", xticks=[], yticks=[])
     if len(shown) <= 40:
         axes.legend(markerscale=2, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
