@@ -96,6 +96,9 @@ HARDEST = {
 # merge_kernel: rows of a block
 MERGE = Launch(4, 0, 4, 1)
 
+# cut_kernel: 16384 halves of a row in 32 registers
+CUT_WARPS = 16
+
 
 def _width(channels: int) -> int:
     """The column of the tables for so many channels."""

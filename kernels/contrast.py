@@ -19,6 +19,7 @@ device, and only then a second launch, with RUNNING, does any work.
 
 import triton
 import triton.language as tl
+from pico_fast.kernels.cut import counts, halves_of
 from pico_fast.kernels.rows import (
     INT32_MAX,
     load_queries,
@@ -41,16 +42,19 @@ def negatives_kernel(
     keys,  # [K, D]
     key_blocks,  # a descriptor of its blocks; spans are then whole tiles. Or None
     key_order,  # [W] int64, or None
-    spans,  # [n, 2] int64, first position and length of what is in use
-    tiles,  # [n] int64, tiles of BN up to and with each span
-    split_tiles,  # [splits + 1] int64, first tile of each split
-    split_span,  # [splits] int64, where that tile lies
+    firsts,  # [n] int64, first position of each tile of BN; None: all from 0 on
+    ends,  # [n] int64, of each tile one past the last position in use; or [1], of all
+    split_tiles,  # [splits + 1] int64, first tile of each split; or None
+    least,  # [A] float16, the cut: only keys at least as hard count; or None, every key
+    last,  # [A] int32, of keys as hard as that the last place that counts; or None
+    ceiling,  # [A] float32, only less similar keys count; or None
     flag,  # [1] int32: nothing happens unless it is set; or None
     top,  # [splits, A] float32, out: what exponents are shifted by
     total,  # [splits, A] float32, out: sum of exp2(s - top)
     away,  # [splits, A] float32, out: sum of the inner products
     mean,  # [splits, A, D] float32, out: sum of exp2(s - top) k; or None
     n_anchors,
+    splits,
     key_stride,
     scale,  # log2(e) / temperature
     PARTS: tl.constexpr,
@@ -82,66 +86,60 @@ def negatives_kernel(
     products = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
     # float16 has few exponents: its weights are lifted by 2^14, and their sums let down in the end
-    lift: tl.constexpr = 14.0 if RUNNING and q.dtype == tl.float16 else 0.0
+    lift: tl.constexpr = 14.0 if (RUNNING or least is not None) and q.dtype == tl.float16 else 0.0
     unlift: tl.constexpr = 0.00006103515625 if lift > 0.0 else 1.0
 
-    tile = tl.load(split_tiles + split).to(tl.int32)
-    stop = tl.load(split_tiles + split + 1).to(tl.int32)
-    span = tl.load(split_span + split).to(tl.int32)
-    while tile < stop:
-        start = tl.load(spans + 2 * span).to(tl.int32)
-        length = tl.load(spans + 2 * span + 1).to(tl.int32)
-        end = start + length
-        upto = tl.load(tiles + span).to(tl.int32)
-        before = upto - tl.cdiv(length, BN)
-        last = tl.minimum(upto, stop)
-        for j in tl.range(tile - before, last - before, num_stages=STAGES):
-            first = start + j * BN
-            position = first + tl.arange(0, BN)
-            k, _ = load_tile(
-                keys, key_blocks, key_order, first, position, position < end, key_stride, D, BD
-            )
-            k = k.to(q.dtype)
-            s = tl.dot(q, tl.trans(k), input_precision="tf32")
-            # only the few tiles that touch an own class or the end of a span pay for a mask
-            touched = (first < block_end) & (first + BN > block_begin)
-            if key_blocks is None:
-                touched = touched | (first + BN > end)
-            if RUNNING:
-                logits = s * scale
-                if touched:
-                    other = (position[None, :] < own_begin[:, None]) | (
-                        position[None, :] >= own_end[:, None]
-                    )
-                    if key_blocks is None:
-                        other = other & (position < end)[None, :]
-                    logits = tl.where(other, logits, float("-inf"))
-                    s = tl.where(other, s, 0.0)
-                new = tl.maximum(shift, tl.max(logits, 1))
-                # a row without a negative yet stays at -inf, and -inf - -inf would be nan
-                safe = tl.where(new == float("-inf"), 0.0, new)
-                fade = tl.exp2(shift - safe)
-                # lifted last: a large maximum rounds what is added to it
-                p = tl.exp2(logits - safe[:, None] + lift)
-                sums *= fade
-                acc *= fade[:, None]
-                shift = new
-            else:
-                p = tl.exp2(s * scale - shift[:, None])
-                if touched:
-                    other = (position[None, :] < own_begin[:, None]) | (
-                        position[None, :] >= own_end[:, None]
-                    )
-                    if key_blocks is None:
-                        other = other & (position < end)[None, :]
-                    p = tl.where(other, p, 0.0)
-                    s = tl.where(other, s, 0.0)
-            sums += tl.sum(p, 1)
-            products += tl.sum(s, 1)
-            if mean is not None:
-                acc = tl.dot(p.to(q.dtype), k, acc, input_precision="tf32")
-        tile = last
-        span += 1
+    if least is not None:
+        hard = tl.load(least + rows, mask=rows < n_anchors, other=0.0)[:, None]
+        until = tl.load(last + rows, mask=rows < n_anchors, other=0)[:, None]
+        if ceiling is not None:
+            under = tl.load(ceiling + rows, mask=rows < n_anchors, other=0.0)[:, None]
+    if firsts is None:
+        n_tiles = tl.cdiv(tl.load(ends).to(tl.int32), BN)
+        from_tile, to_tile = split * n_tiles // splits, (split + 1) * n_tiles // splits
+    else:
+        from_tile = tl.load(split_tiles + split).to(tl.int32)
+        to_tile = tl.load(split_tiles + split + 1).to(tl.int32)
+    for j in tl.range(from_tile, to_tile, num_stages=STAGES):
+        if firsts is None:
+            first, end = j * BN, tl.load(ends).to(tl.int32)
+        else:
+            first, end = tl.load(firsts + j).to(tl.int32), tl.load(ends + j).to(tl.int32)
+        position = first + tl.arange(0, BN)
+        k, _ = load_tile(keys, key_blocks, key_order, first, position, position < end, key_stride, D, BD)
+        k = k.to(q.dtype)
+        s = tl.dot(q, tl.trans(k), input_precision="tf32")
+        logits = s * scale
+        # without a cut only the few tiles that touch an own class or the end of a span pay for a mask
+        touched = (first < block_end) & (first + BN > block_begin) | (least is not None)
+        if key_blocks is None:
+            touched = touched | (first + BN > end)
+        if touched:
+            other = (position[None, :] < own_begin[:, None]) | (position[None, :] >= own_end[:, None])
+            if key_blocks is None or least is not None:
+                other = other & (position < end)[None, :]
+            if least is not None:
+                other = other & counts(halves_of(s), position[None, :], hard, until)
+                if ceiling is not None:
+                    other = other & ((s >= under) == 0)
+            logits = tl.where(other, logits, float("-inf"))
+            s = tl.where(other, s, 0.0)
+        products += tl.sum(s, 1)
+        if RUNNING:
+            new = tl.maximum(shift, tl.max(logits, 1))
+            # a row without a negative yet stays at -inf, and -inf - -inf would be nan
+            safe = tl.where(new == float("-inf"), 0.0, new)
+            fade = tl.exp2(shift - safe)
+            # lifted last: a large maximum rounds what is added to it
+            p = tl.exp2(logits - safe[:, None] + lift)
+            sums *= fade
+            acc *= fade[:, None]
+            shift = new
+        else:
+            p = tl.exp2(logits - shift[:, None] + lift)
+        sums += tl.sum(p, 1)
+        if mean is not None:
+            acc = tl.dot(p.to(q.dtype), k, acc, input_precision="tf32")
 
     # rows again, which no register need hold through the loop; offsets from one address on are short
     row = tl.arange(0, BM)
@@ -171,6 +169,8 @@ def positives_kernel(
     keys,  # [K, D]
     key_order,  # [W] int64, or None
     own_key,  # [A] int64, the key that an anchor is itself; or None
+    least,  # [A] float16, the cut: only keys at least as hard count; or None, every key
+    last,  # [A] int32, of keys as hard as that the last place that counts; or None
     lse,  # [A] float32
     loss,  # [splits, A] float32, out: sum of softplus(Z - s)
     weight,  # [splits, A] float32, out: sum of w = sigmoid(Z - s)
@@ -197,6 +197,9 @@ def positives_kernel(
     z = tl.load(lse + rows, mask=used, other=float("-inf"))
     if own_key is not None:
         itself = tl.load(own_key + rows, mask=used, other=-1).to(tl.int32)
+    if least is not None:
+        hard = tl.load(least + rows, mask=used, other=0.0)[:, None]
+        until = tl.load(last + rows, mask=used, other=0)[:, None]
     losses = tl.zeros([BM], tl.float32)
     weights = tl.zeros([BM], tl.float32)
     products = tl.zeros([BM], tl.float32)
@@ -223,6 +226,9 @@ def positives_kernel(
             pair = mine[:, None] & there[None, :]
             if own_key is not None:
                 pair = pair & (key_rows.to(tl.int32)[None, :] != itself[:, None])
+            if least is not None:
+                place = (j * BN + tl.arange(0, BN))[None, :]
+                pair = pair & counts(halves_of(-s), place, hard, until)
             above = tl.where(pair, z[:, None] - s * scale, float("-inf"))
             losses += tl.sum(softplus(above), 1)
             products += tl.sum(tl.where(pair, s, 0.0), 1)

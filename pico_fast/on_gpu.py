@@ -15,9 +15,10 @@ from pico_fast.selection import ops as selection
 
 # ops with launches in the `gpu` of their folder, and who there says whom they are for
 _OPS = (
-    (contrast, "negatives", "takes"),
-    (contrast, "positives", "takes"),
-    (contrast, "keys_grad", "takes"),
+    (contrast, "negatives", "takes_negatives"),
+    (contrast, "positives", "takes_positives"),
+    (contrast, "keys_grad", "takes_keys_grad"),
+    (selection, "sample_keys", "takes_sample"),
     (selection, "hardest", "takes_hardest"),
     (selection, "weighted_rows", "takes_weighted"),
     (selection, "mix_negatives", "takes_mixes"),

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 import offline
 import torch
 import triton.language as tl
-from pico_fast.kernels import configs, contrast, hardest, merge, synthesis
+from pico_fast.kernels import configs, contrast, cut, hardest, merge, synthesis
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # each row of the tables, and for bfloat16 sizes that are no power of two
@@ -73,8 +73,9 @@ def of_layout(generation, dtype, channels, launch, gather) -> tuple[dict, dict]:
 def negatives(generation, dtype, channels, running, gather) -> tuple:
     launch = configs.negatives(generation, dtype, channels, running, gather)
     arguments, constants = of_layout(generation, dtype, channels, launch, gather)
-    arguments |= pointers("spans tiles split_tiles split_span", "*i64") | {"scale": "fp32"}
+    arguments |= pointers("firsts ends split_tiles", "*i64") | {"splits": "i32", "scale": "fp32"}
     arguments |= pointers("bound top total away mean", "*fp32")
+    constants |= absent("least last ceiling")
     if running and dtype != torch.float16:
         arguments["flag"] = "*i32"
     else:
@@ -82,12 +83,55 @@ def negatives(generation, dtype, channels, running, gather) -> tuple:
     return contrast.negatives_kernel, arguments, constants | {"RUNNING": running}, launch
 
 
-def positives(generation, dtype, channels, gather, in_batch) -> tuple:
+def cut_negatives(generation, dtype, channels, bounded) -> tuple:
+    """The negatives of a sample between their bounds."""
+    kernel, arguments, constants, launch = negatives(generation, dtype, channels, False, False)
+    arguments |= {"least": "*fp16", "last": "*i32"} | ({"ceiling": "*fp32"} if bounded else {})
+    arguments = {n: kind for n, kind in arguments.items() if n not in ("firsts", "split_tiles")}
+    constants = {n: x for n, x in constants.items() if n not in arguments} | absent("firsts split_tiles")
+    return kernel, arguments, constants | {"PARTS": 1}, launch
+
+
+def similarity(generation, dtype, channels, own) -> tuple:
+    launch = configs.positives(dtype, channels)
+    if not own:
+        launch = configs.negatives(generation, dtype, channels, False, False)
+    arguments, constants = of_layout(generation, dtype, channels, launch, own)
+    arguments |= {"ends": "*i64", "halves": "*fp16", "hardest": "*fp32"} | pointers("width splits", "i32")
+    constants |= {"OWN": own, "PARTS": 1, "own_key": None}
+    if own:
+        constants["ceiling"] = None
+    else:
+        arguments["ceiling"] = "*fp32"
+    return cut.similarity_kernel, arguments, constants, launch
+
+
+def cuts(own, chunks) -> tuple:
+    arguments = {
+        **pointers("anchor_class ranges ends pairs", "*i64"),
+        **pointers("hardest shift", "*fp32"),
+        **pointers("halves least", "*fp16"),
+        **pointers("n_anchors width splits", "i32"),
+        "last": "*i32",
+        "fraction": "fp64",
+        "most": "i32",
+        "scale": "fp32",
+    }
+    launch = configs.Launch(1, 0, configs.CUT_WARPS, 1)
+    return cut.cut_kernel, arguments, {"CHUNKS": chunks, "SPLITS": 64, "OWN": own}, launch
+
+
+def positives(generation, dtype, channels, gather, in_batch, is_cut=False) -> tuple:
     launch = configs.positives(dtype, channels)
     arguments, constants = of_layout(generation, dtype, channels, launch, gather)
     constants.pop("key_blocks", None)
     arguments.pop("key_blocks", None)
     arguments |= pointers("lse loss weight similar pull", "*fp32")
+    if is_cut:
+        arguments |= {"least": "*fp16", "last": "*i32"}
+        constants["PARTS"] = 1
+    else:
+        constants |= absent("least last")
     arguments |= {"splits": "i32", "scale": "fp32"}
     if in_batch:
         arguments["own_key"] = "*i64"
@@ -179,6 +223,7 @@ def by_row(generation) -> list[tuple[str, tuple]]:
     launch = configs.Launch(1, 0, configs.order_warps(16384), 1)
     what = (hardest.estimate_kernel, arguments, {"BLOCK": 16384}, launch)
     found.append(("estimate_kernel", what))
+    found += [(f"cut_kernel {chunks}", cuts(chunks < 8, chunks)) for chunks in (1, 5, 11, 32)]
     for channels in (256, 1024):
         sizes = {"D": channels, "BD": channels, "ROWS": max(4, min(64, 8192 // channels))}
         of_all = {"keys": "*bf16", "key_stride": "i32", "n": "i32"}
@@ -207,8 +252,15 @@ def jobs(generation: int) -> list[tuple[str, tuple]]:
                     found.append((f"negatives {name} {way} {mode}", what))
                 what = positives(generation, dtype, channels, gather, gather)
                 found.append((f"positives {name} {way}", what))
+            for bounded in (False, True):
+                what = cut_negatives(generation, dtype, channels, bounded)
+                found.append((f"negatives {name} {'bounded' if bounded else 'cut'}", what))
+            what = positives(generation, dtype, channels, True, False, is_cut=True)
+            found.append((f"positives {name} cut", what))
             for own in (False, True):
                 side = "own" if own else "other"
+                what = similarity(generation, dtype, channels, own)
+                found.append((f"similarity {name} {side}", what))
                 found.append((f"keys_grad {name} {side}", keys_grad(dtype, channels, own)))
             if channels in (64, 128, 256, 512) and (channels < 512 or dtype.itemsize == 2):
                 found += walks(generation, dtype, channels)

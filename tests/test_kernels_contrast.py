@@ -147,7 +147,10 @@ def test_without_a_copy_engine(monkeypatch):
 def test_what_the_kernels_are_not_for():
     def takes(anchors, keys, cut=ALL, key_order=None):
         ranges = torch.zeros(3, 1, 2, dtype=torch.int64)
-        return gpu.takes(Layout(anchors, None, keys, key_order, ranges, None), cut, 0.1, True)
+        of = Layout(anchors, None, keys, key_order, ranges, None)
+        found = {gpu.takes_negatives(of, cut), gpu.takes_positives(of, cut), gpu.takes_keys_grad(of, cut)}
+        assert len(found) == 1
+        return found.pop()
 
     bf16, fp32 = torch.empty(3, 16, dtype=torch.bfloat16), torch.empty(3, 16)
     assert takes(fp32, bf16) and takes(bf16, bf16) and takes(fp32, fp32)

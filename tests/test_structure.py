@@ -21,7 +21,7 @@ on_gpu
 contrast: function select_keys flow shares picks
 contrast: ops eager cpu gpu weights
 bank: memory_bank entries state share
-selection: sample ops eager cpu gpu launch layout
+selection: sample ops eager cpu gpu bounds launch layout
 anchors regions pixels grid finite reference
 selection: options synthesis
 checks draws collectives

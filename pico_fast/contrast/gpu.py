@@ -1,4 +1,4 @@
-"""Contrast with all keys on an NVIDIA GPU: launching `pico_fast.kernels.contrast` and `.merge`."""
+"""Contrast on an NVIDIA GPU, with all keys or a cut: launching `pico_fast.kernels.contrast` and `.merge`."""
 
 import functools
 import math
@@ -10,14 +10,25 @@ from torch import Tensor
 
 from pico_fast.contrast.weights import Negatives, Positives
 from pico_fast.kernels import configs, contrast, merge
+from pico_fast.selection import bounds as bounding
 from pico_fast.selection import launch as launches
 from pico_fast.selection.eager import class_of_positions
 from pico_fast.selection.layout import Cut, Layout
 
 
-def takes(layout: Layout, cut: Cut, *_) -> bool:
-    """Whether the kernels are for these: all keys count, and what all kernels want."""
-    return cut.is_none and launches.takes(layout)
+def takes_negatives(layout: Layout, cut: Cut, *_) -> bool:
+    """Whether the kernels are for these: all keys, or the cut of a sample."""
+    return launches.takes(layout) and (cut.is_none or bounding.takes(layout, cut, False))
+
+
+def takes_positives(layout: Layout, cut: Cut, *_) -> bool:
+    """Whether the kernels are for these: all keys, or the cut of a sample."""
+    return launches.takes(layout) and (cut.is_none or bounding.takes(layout, cut, True))
+
+
+def takes_keys_grad(layout: Layout, cut: Cut, *_) -> bool:
+    """Whether the kernel is for these: all keys."""
+    return launches.takes(layout) and cut.is_none
 
 
 def _stretches(layout: Layout, running: bool) -> list[tuple]:
@@ -45,57 +56,111 @@ def _stretches(layout: Layout, running: bool) -> list[tuple]:
 def negatives(layout: Layout, cut: Cut, temperature: float, want_mean: bool) -> Negatives:
     """The op `negatives`: log-sum [A], softmax mean [A, D] and sum of the inner products [A]."""
     layout = launches.dense(layout)
-    anchors, keys = layout.anchors, layout.keys
-    n_anchors, channels = anchors.shape
-    fixed = keys.dtype != torch.float16  # which has too few exponents for a fixed shift
-    new = functools.partial(torch.empty, device=anchors.device)
+    n_anchors, channels = layout.anchors.shape
+    new = functools.partial(torch.empty, device=layout.anchors.device)
+    out = {"lse": new(n_anchors), "away": new(n_anchors)}
+    out["mean"] = new(n_anchors, channels) if want_mean else None
+    below = new(0, dtype=torch.int64)
     scale = math.log2(math.e) / temperature
+    if cut.is_none:
+        _sum_all(layout, scale, out)
+    else:
+        pairs = _sum_cut(layout, cut, scale, out)
+        below = below if cut.ceiling is None else pairs
+    return Negatives(out["lse"], new(0) if out["mean"] is None else out["mean"], out["away"], below)
+
+
+def _sum_all(layout: Layout, scale: float, out: dict[str, Tensor | None]) -> None:
+    """Sums over all negatives."""
+    anchors, fixed = layout.anchors, layout.keys.dtype != torch.float16
     # inner products with unit keys are at most this; longer ones raise the flag
     bound = torch.linalg.vector_norm(anchors, dim=1, dtype=torch.float32) * scale
+    # float16 has too few exponents for a fixed shift
     flag = torch.zeros(1, dtype=torch.int32, device=anchors.device) if fixed else None
-    lse, away = new(n_anchors), new(n_anchors)
-    mean = new(n_anchors, channels) if want_mean else None
     # at first with a fixed shift; again with the running maximum, which does nothing unless flagged
     for running in (False, True) if fixed else (True,):
         stretches = _stretches(layout, running)
-        splits = sum(count for *_, count in stretches)
-        top, total, away_parts = (new(splits, n_anchors) for _ in range(3))
-        mean_parts = new(splits, n_anchors, channels) if want_mean else None
-        first = 0
+        parts, first = _parts(layout, sum(count for *_, count in stretches), out), 0
         for spans, launch, key_blocks, count in stretches:
+            n = launches.n_positions(layout) // launch.BN + len(spans)
             here = slice(first, first + count)
-            contrast.negatives_kernel[(triton.cdiv(n_anchors, launch.BM) * count,)](
+            first += count
+            contrast.negatives_kernel[(triton.cdiv(len(anchors), launch.BM) * count,)](
                 key_blocks=key_blocks,
                 bound=bound,
+                least=None,
+                last=None,
+                ceiling=None,
                 flag=flag if running else None,
-                top=top[here],
-                total=total[here],
-                away=away_parts[here],
-                mean=mean_parts[here] if want_mean else None,
+                splits=count,
                 scale=scale,
                 RUNNING=running,
-                **launches.spread(spans, launch.BN, count),
+                **{name: x if x is None else x[here] for name, x in parts.items()},
+                **launches.tile_list(spans, launch.BN, n, count),
                 **launches.options(layout, launch),
             )
-            first += count
-        merge.merge_kernel[(triton.cdiv(n_anchors, configs.MERGE.BM),)](
-            anchor_class=layout.anchor_class,
-            top_parts=top,
-            total_parts=total,
-            away_parts=away_parts,
-            mean_parts=mean_parts,
-            lse=lse,
-            away=away,
-            mean=mean,
-            flag=flag,
-            n_anchors=n_anchors,
-            splits=splits,
-            BR=configs.MERGE.BM,
-            RUNNING=running,
-            num_warps=configs.MERGE.num_warps,
-            **launches.sizes(anchors),
-        )
-    return Negatives(lse, new(0) if mean is None else mean, away, new(0, dtype=torch.int64))
+        _merge(layout, parts, flag, running, out)
+
+
+def _sum_cut(layout: Layout, cut: Cut, scale: float, out: dict[str, Tensor | None]) -> Tensor:
+    """Sums over the negatives of a sample that count; how many lie below the ceiling [A] int64."""
+    ends, layout = bounding.size(layout), bounding.gathered(layout)
+    generation = launches.gpu(ends.device)[0]
+    launch = configs.negatives(generation, layout.keys.dtype, layout.keys.shape[1], False, False)
+    least, last, shift, pairs = bounding.bounds(layout, ends, cut, False, launch, scale)
+    tiles = triton.cdiv(launches.n_positions(layout), launch.BN)
+    splits = launches.splits(layout, launch, tiles)
+    parts = _parts(layout, splits, out)
+    contrast.negatives_kernel[(triton.cdiv(len(layout.anchors), launch.BM) * splits,)](
+        key_blocks=launches.key_blocks(layout, launch),
+        bound=shift,
+        firsts=None,
+        ends=ends,
+        split_tiles=None,
+        least=least,
+        last=last,
+        ceiling=cut.ceiling,
+        flag=None,
+        splits=splits,
+        scale=scale,
+        RUNNING=False,
+        **parts,
+        **launches.options(layout, launch),
+    )
+    _merge(layout, parts, None, True, out)
+    return pairs
+
+
+def _parts(layout: Layout, splits: int, out: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """What the splits of the negatives add up to: top, total and away [splits, A], mean [splits, A, D]."""
+    n_anchors, channels = layout.anchors.shape
+    device = layout.anchors.device
+    parts = {name: torch.empty(splits, n_anchors, device=device) for name in ("top", "total", "away")}
+    mean = None if out["mean"] is None else torch.empty(splits, n_anchors, channels, device=device)
+    return parts | {"mean": mean}
+
+
+def _merge(
+    layout: Layout,
+    parts: dict[str, Tensor | None],
+    flag: Tensor | None,  # [1] int32
+    running: bool,
+    out: dict[str, Tensor | None],
+) -> None:
+    """Add up the splits of the negatives."""
+    splits, n_anchors = parts["top"].shape
+    merge.merge_kernel[(triton.cdiv(n_anchors, configs.MERGE.BM),)](
+        anchor_class=layout.anchor_class,
+        flag=flag,
+        n_anchors=n_anchors,
+        splits=splits,
+        BR=configs.MERGE.BM,
+        RUNNING=running,
+        num_warps=configs.MERGE.num_warps,
+        **{f"{name}_parts": x for name, x in parts.items()},
+        **out,
+        **launches.sizes(layout.anchors),
+    )
 
 
 def positives(
@@ -113,10 +178,15 @@ def positives(
     # a class is a small part of the keys: no more parts than can be busy
     tiles = triton.cdiv(launches.n_positions(layout), launch.BN)
     splits = launches.splits(layout, launch, min(8, tiles))
+    least = last = None
+    if not cut.is_none:
+        least, last, *_ = bounding.bounds(layout, bounding.size(layout), cut, True, launch, 1.0)
     parts = torch.empty(3, splits, n_anchors, device=anchors.device)
     pull = parts.new_empty(splits, n_anchors, channels) if want_pull else None
     contrast.positives_kernel[(triton.cdiv(n_anchors, launch.BM) * splits,)](
         own_key=layout.own_key,
+        least=least,
+        last=last,
         lse=lse.float().contiguous(),
         loss=parts[0],
         weight=parts[1],

@@ -1,4 +1,4 @@
-"""The hardest keys and synthesis on an NVIDIA GPU: launching `pico_fast.kernels.hardest` and `.synthesis`.
+"""Selection on an NVIDIA GPU: launching `pico_fast.kernels.sample`, `.hardest` and `.synthesis`.
 
 hardest, negatives: a threshold for each anchor from a sample of the keys, a walk over all keys that appends
 what reaches it, a sort of what was appended. Anchors for which the sample misled, and the positives, whose
@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from pico_fast import reference
-from pico_fast.kernels import configs, synthesis
+from pico_fast.kernels import configs, sample, synthesis
 from pico_fast.kernels import hardest as kernels
 from pico_fast.selection import launch as launches
 from pico_fast.selection.layout import Layout
@@ -26,7 +26,45 @@ _SAMPLE_VALUES = 2**24
 _SLOTS = 2**14
 # up to so many keys for each one wanted, digits cost less than a sample
 _FEW = 32
+# slots of a program that draws
+_DRAWS = 128
 _LEAST = torch.iinfo(torch.int64).min
+
+
+def takes_sample(ranges: Tensor, names: Tensor, key_order: Tensor | None, wanted: Tensor, *rest) -> bool:
+    """Whether the kernel is for these: some classes and slots."""
+    capacity = rest[-1]
+    return ranges.shape[0] > 0 and 0 < capacity < 2**31 and (key_order is None or len(key_order) > 0)
+
+
+def sample_keys(
+    ranges: Tensor,  # [C, G, 2] int64
+    names: Tensor,  # [C] int64
+    key_order: Tensor | None,  # [W] int64
+    wanted: Tensor,  # [C] int64
+    seed: Tensor,  # [] int64
+    stream: int,
+    capacity: int,
+) -> tuple[Tensor, Tensor]:
+    """The op `sample_keys`: keys drawn of each class [capacity], -1 behind the last; ranges [C, 1, 2]."""
+    n_classes, parts = ranges.shape[:2]
+    drawn, new_ranges = ranges.new_empty(capacity), ranges.new_empty(n_classes, 1, 2)
+    sample.draw_kernel[(triton.cdiv(max(capacity, n_classes), _DRAWS),)](
+        ranges=ranges.contiguous(),
+        names=names.contiguous(),
+        key_order=key_order if key_order is None else key_order.contiguous(),
+        until=wanted.cumsum(0),
+        seed=seed,
+        drawn=drawn,
+        new_ranges=new_ranges,
+        capacity=capacity,
+        n_classes=n_classes,
+        stream=stream,
+        PARTS=parts,
+        STEPS=n_classes.bit_length(),
+        BN=_DRAWS,
+    )
+    return drawn, new_ranges
 
 
 def takes_hardest(layout: Layout, own: bool, ceiling: Tensor | None, count: int, by_place: bool) -> bool:

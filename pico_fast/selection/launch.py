@@ -107,17 +107,21 @@ def spans(layout: Layout) -> Tensor:
     return torch.where((behind - length == first).all(), stretch, parts)
 
 
-def spread(
+def tile_list(
     spans: Tensor,  # [n, 2] int64
     tile: int,
+    most: int,
     splits: int,
 ) -> dict[str, Tensor]:
-    """Spans, and of which tiles each split of them consists: arguments of the kernels."""
-    tiles = ((spans[:, 1] + tile - 1) // tile).cumsum(0)
-    part = torch.arange(splits + 1, device=spans.device)
-    split_tiles = part * tiles[-1] // splits
-    split_span = torch.searchsorted(tiles, split_tiles[:-1], right=True)
-    return {"spans": spans, "tiles": tiles, "split_tiles": split_tiles, "split_span": split_span}
+    """The tiles of spans, at most so many, and which of them a split has: arguments of the kernels."""
+    first, length = spans.unbind(1)
+    tiles = (length + tile - 1) // tile
+    behind = tiles.cumsum(0)
+    number = torch.arange(most, device=spans.device)
+    span = torch.searchsorted(behind, number, right=True).clamp_(max=len(spans) - 1)
+    firsts = first.take(span) + (number - (behind - tiles).take(span)) * tile
+    split_tiles = torch.arange(splits + 1, device=spans.device) * behind[-1] // splits
+    return {"firsts": firsts, "ends": (first + length).take(span), "split_tiles": split_tiles}
 
 
 def _blocks(x: Tensor, n: int) -> TensorDescriptor | None:

@@ -1,0 +1,217 @@
+"""The cut of a sample in Triton: of each anchor's keys the hardest share counts, below a ceiling.
+
+    similarity_kernel  anchors x a split of the sample: inner products, as halves in the order of hardness
+    cut_kernel         an anchor, its row in registers: the half at the wanted rank, by counting; of those
+                       that equal it the last place that counts
+
+The sums (`contrast`) multiply again with the tiles of similarity_kernel, so with the same bits, round the
+same way and let a key count by `counts`. No list, no sort. A half tells similarities of 0.5 to 1 apart by
+2^-11: how many keys count is exact, which ones is up to that.
+"""
+
+import triton
+import triton.language as tl
+from pico_fast.kernels.rows import (
+    INT32_MAX,
+    INTERPRETED,
+    load_queries,
+    load_tile,
+    own_range,
+)
+
+IS_INTERPRETED = tl.constexpr(INTERPRETED)
+# keys of a row that a step of the search reads side by side
+LANES = tl.constexpr(2048)
+MOST = tl.constexpr(65504.0)
+
+
+@triton.jit
+def halves_of(
+    hardness,  # float32
+):
+    """float16 in the same order, finite; of nan inf, the hardest."""
+    held = tl.minimum(tl.maximum(hardness, -MOST), MOST).to(tl.float16)
+    return tl.where(hardness == hardness, held, float("inf"))
+
+
+@triton.jit
+def counts(
+    half,  # [BM, BN] float16
+    place,  # [1, BN] int32
+    least,  # [BM, 1] float16
+    last,  # [BM, 1] int32
+):
+    """Whether keys count: harder than the cut, or as hard and not behind its last place."""
+    return (half > least) | ((half == least) & (place <= last))
+
+
+@triton.jit
+def similarity_kernel(
+    queries,  # [A, D] in the product's type, class by class, 0 in empty slots
+    query_blocks,  # a descriptor of its blocks, or None
+    anchor_class,  # [A] int64, empty slots last and -1
+    ranges,  # [C, 1, 2] int64, one after the other from 0 on
+    ends,  # [1] int64, how many keys the sample has
+    keys,  # [K, D]
+    key_blocks,  # a descriptor of its blocks, or None
+    key_order,  # [W] int64, or None
+    own_key,  # [A] int64, the key that an anchor is itself; or None
+    ceiling,  # [A] float32, only less similar keys are pairs; or None
+    halves,  # [A, width] float16, out: hardness of the keys at each place, -inf where a pair is none
+    hardest,  # [splits, A] float32, out: that of the hardest
+    n_anchors,
+    width,
+    splits,
+    key_stride,
+    PARTS: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+    OWN: tl.constexpr,  # the own class, whose keys have places from 0 on
+):
+    n_blocks = tl.cdiv(n_anchors, BM)
+    block, split = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks
+    rows = block * BM + tl.arange(0, BM)
+    own_begin, own_end = own_range(anchor_class, ranges, rows, n_anchors, PARTS)
+    used = own_end >= 0
+    if tl.max(own_end, 0) < 0:
+        return
+    if OWN:
+        # by contract a class is no longer than that
+        own_end = tl.minimum(own_end, own_begin + width)
+        begin = tl.min(tl.where(used, own_begin, INT32_MAX), 0)
+        end = tl.max(own_end, 0)
+    else:
+        begin = 0
+        end = tl.load(ends).to(tl.int32)
+    q = load_queries(queries, query_blocks, block * BM, BM, n_anchors, D, BD)
+    if own_key is not None:
+        itself = tl.load(own_key + rows, mask=used, other=-1)
+    if ceiling is not None:
+        under = tl.load(ceiling + rows, mask=used, other=0.0)[:, None]
+    most = tl.full([BM], float("-inf"), tl.float32)
+    of_row = halves + rows.to(tl.int64)[:, None] * width
+    for j in tl.range(split, tl.cdiv(end - begin, BN), splits, num_stages=STAGES):
+        first = begin + j * BN
+        position = first + tl.arange(0, BN)
+        there = position < end
+        k, key_rows = load_tile(keys, key_blocks, key_order, first, position, there, key_stride, D, BD)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32")
+        pair = (position[None, :] >= own_begin[:, None]) & (position[None, :] < own_end[:, None])
+        if OWN:
+            s = -s
+            place = position[None, :] - own_begin[:, None]
+            inside = pair
+            if own_key is not None:
+                pair = pair & (key_rows[None, :] != itself[:, None])
+        else:
+            place = position[None, :]
+            inside = used[:, None] & there[None, :]
+            pair = inside & (pair == 0)
+        if ceiling is not None:
+            pair = pair & ((s >= under) == 0)  # nan lies below it, so that it shows
+        most = tl.maximum(most, tl.max(tl.where(pair, s, float("-inf")), 1))
+        tl.store(of_row + place, tl.where(pair, halves_of(s), float("-inf")), mask=inside)
+    row = tl.arange(0, BM)
+    tl.store(hardest + split * n_anchors + block * BM + row, most, mask=block * BM + row < n_anchors)
+
+
+@triton.jit
+def count_on(
+    count,  # [LANES] float16
+    half,  # [LANES] float16
+    least,  # [LANES] float16
+):
+    """count + (half >= least): on a GPU two instructions for two keys."""
+    if IS_INTERPRETED:
+        return count + (half >= least).to(tl.float16)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; set.ge.f16x2.f16x2 t, $2, $3; add.f16x2 $0, $1, t; }",
+            "=r,r,r,r",
+            [count, half, least],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
+def cut_kernel(
+    halves,  # [A, width] float16
+    anchor_class,  # [A] int64
+    ranges,  # [C, 1, 2] int64
+    ends,  # [1] int64, how many keys the sample has
+    hardest,  # [splits, A] float32
+    fraction: "fp64",  # of the keys how many count at most
+    most,  # the most keys that count
+    least,  # [A] float16, out: the half of the last key that counts
+    last,  # [A] int32, out: of those that equal it the last place that counts
+    shift,  # [A] float32, out: `scale` times the hardness of the hardest key
+    pairs,  # [A] int64, out: how many keys are pairs
+    n_anchors,
+    width,
+    splits,
+    scale,
+    CHUNKS: tl.constexpr,  # of LANES, which hold a row
+    SPLITS: tl.constexpr,  # at most
+    OWN: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    of = tl.load(anchor_class + row)
+    n = 0
+    if of >= 0:
+        if OWN:
+            n = tl.minimum(tl.load(ranges + 2 * of + 1).to(tl.int32), width)
+        else:
+            n = tl.load(ends).to(tl.int32)
+    lane = tl.arange(0, LANES)
+    zero = tl.zeros([LANES], tl.float16)
+    x = ()
+    high = zero + float("-inf")
+    low = zero + float("inf")
+    there = zero
+    for i in tl.static_range(CHUNKS):
+        place = i * LANES + lane
+        half = tl.load(halves + row * width + place, mask=place < n, other=float("-inf"))
+        there = count_on(there, half, zero - MOST)
+        high = tl.maximum(high, half)
+        low = tl.minimum(low, tl.where(half == float("-inf"), float("inf"), half))
+        x = x + (half,)
+    m = tl.sum(there.to(tl.float32), 0).to(tl.int32)
+    wanted = tl.minimum(tl.ceil(m.to(tl.float64) * fraction).to(tl.int64), most).to(tl.int32)
+    # the bound lies from `low`, which `enough` keys reach, up to `high`, which at most `wanted` do
+    low, high = tl.min(low.to(tl.float32), 0), tl.max(high.to(tl.float32), 0)
+    enough, found, middle = m, -1, high
+    while (found != wanted) & (middle > low):
+        pivot = zero + middle.to(tl.float16)
+        count = zero
+        for i in tl.static_range(CHUNKS):
+            count = count_on(count, x[i], pivot)
+        found = tl.sum(count.to(tl.float32), 0).to(tl.int32)
+        enough = tl.where(found >= wanted, found, enough)
+        low = tl.where(found >= wanted, middle, low)
+        high = tl.where(found >= wanted, high, middle)
+        half_way = ((low + high) * 0.5).to(tl.float16).to(tl.float32)
+        middle = tl.where(half_way < high, half_way, low)
+    bound = low.to(tl.float16)
+    # too many equal it: those at the end do not count
+    chunk = tl.zeros([LANES], tl.int32)
+    start, keep, spare = 0, 0, enough - wanted
+    for i in tl.static_range(CHUNKS - 1, -1, -1):
+        equal = (x[i] == bound).to(tl.int32)
+        n_equal = tl.sum(equal, 0)
+        here = (spare >= 0) & (spare < n_equal)
+        chunk = tl.where(here, equal, chunk)
+        start = tl.where(here, i * LANES, start)
+        keep = tl.where(here, n_equal - spare, keep)
+        spare = tl.where(here, -1, spare - n_equal)
+    at = tl.where((chunk != 0) & (tl.cumsum(chunk, 0) == keep), lane, -1)
+    tl.store(least + row, bound)
+    tl.store(last + row, start + tl.max(at, 0))
+    tl.store(pairs + row, m.to(tl.int64))
+    split = tl.arange(0, SPLITS)
+    top = tl.max(tl.load(hardest + split * n_anchors + row, mask=split < splits, other=float("-inf")), 0)
+    tl.store(shift + row, tl.where(top > float("-inf"), top * scale, 0.0))
