@@ -107,6 +107,19 @@ def spans(layout: Layout) -> Tensor:
     return torch.where((behind - length == first).all(), stretch, parts)
 
 
+def spread(
+    spans: Tensor,  # [n, 2] int64
+    tile: int,
+    splits: int,
+) -> dict[str, Tensor]:
+    """Spans, and of which tiles each split of them consists: arguments of the kernels."""
+    tiles = ((spans[:, 1] + tile - 1) // tile).cumsum(0)
+    part = torch.arange(splits + 1, device=spans.device)
+    split_tiles = part * tiles[-1] // splits
+    split_span = torch.searchsorted(tiles, split_tiles[:-1], right=True)
+    return {"spans": spans, "tiles": tiles, "split_tiles": split_tiles, "split_span": split_span}
+
+
 def tile_list(
     spans: Tensor,  # [n, 2] int64
     tile: int,
