@@ -46,7 +46,7 @@ NEGATIVES = {
     (100, 4, 512): Launch(32, 32, 8, 2),
 }
 
-# The same with keys in any order, with a running maximum, or with channels between the columns, where
+# The same without the copy engine, with a running maximum, or with channels between the columns, where
 # that needs more registers.
 NEGATIVES_WIDE = {
     (90, 2, 64): Launch(64, 64, 8, 3),
@@ -112,12 +112,12 @@ def family(generation: int) -> int:
     return min(max(generation // 10 * 10, 80), 100)
 
 
-def negatives(generation: int, dtype: torch.dtype, channels: int, running: bool, gather: bool) -> Launch:
+def negatives(generation: int, dtype: torch.dtype, channels: int, running: bool, by_rows: bool) -> Launch:
     """Settings of negatives_kernel."""
     shape = (dtype.itemsize, _width(channels))
     row, first = (family(generation), *shape), (80, *shape)
     # masks of padded channels cost registers as well
-    if (running or gather or channels != _width(channels)) and row in NEGATIVES_WIDE:
+    if (running or by_rows or channels != _width(channels)) and row in NEGATIVES_WIDE:
         return NEGATIVES_WIDE[row]
     return NEGATIVES.get(row, NEGATIVES[first])
 

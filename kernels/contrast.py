@@ -40,8 +40,7 @@ def negatives_kernel(
     anchor_class,  # [A] int64, empty slots last and -1
     ranges,  # [C, PARTS, 2] int64
     keys,  # [K, D]
-    key_blocks,  # a descriptor of its blocks; spans are then whole tiles. Or None
-    key_order,  # [W] int64, or None
+    key_blocks,  # a descriptor of its blocks, whose rows are all finite; or None
     firsts,  # [n] int64, first position of each tile of BN; None: all from 0 on
     ends,  # [n] int64, of each tile one past the last position in use; or [1], of all
     split_tiles,  # [splits + 1] int64, first tile of each split; or None
@@ -106,18 +105,17 @@ def negatives_kernel(
         else:
             first, end = tl.load(firsts + j).to(tl.int32), tl.load(ends + j).to(tl.int32)
         position = first + tl.arange(0, BN)
-        k, _ = load_tile(keys, key_blocks, key_order, first, position, position < end, key_stride, D, BD)
+        k, _ = load_tile(keys, key_blocks, None, first, position, position < end, key_stride, D, BD)
         k = k.to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision="tf32")
         logits = s * scale
         # without a cut only the few tiles that touch an own class or the end of a span pay for a mask
-        touched = (first < block_end) & (first + BN > block_begin) | (least is not None)
-        if key_blocks is None:
-            touched = touched | (first + BN > end)
+        touched = (first < block_end) & (first + BN > block_begin) | (first + BN > end)
+        if least is not None:
+            touched = True
         if touched:
             other = (position[None, :] < own_begin[:, None]) | (position[None, :] >= own_end[:, None])
-            if key_blocks is None or least is not None:
-                other = other & (position < end)[None, :]
+            other = other & (position < end)[None, :]
             if least is not None:
                 other = other & counts(halves_of(s), position[None, :], hard, until)
                 if ceiling is not None:

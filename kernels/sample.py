@@ -87,8 +87,9 @@ def draw_kernel(
 @triton.jit
 def gather_kernel(
     keys,  # [K, D]
-    key_order,  # [W] int64, -1: zeros
-    out,  # [W, D], out
+    key_order,  # [W] int64
+    ends,  # [1] int64, how many of them are in use
+    out,  # [W, D], out: zeros behind these
     width,  # W
     key_stride,
     D: tl.constexpr,
@@ -97,5 +98,6 @@ def gather_kernel(
 ):
     first = tl.program_id(0).to(tl.int64) * BN
     place = first + tl.arange(0, BN)
-    row = tl.load(key_order + place, mask=place < width, other=-1)
-    store_block(out, load_rows(keys, row, row >= 0, key_stride, D, BD), first, place < width, D, BD)
+    used = place < tl.load(ends)
+    row = tl.load(key_order + place, mask=used, other=0)
+    store_block(out, load_rows(keys, row, used, key_stride, D, BD), first, place < width, D, BD)

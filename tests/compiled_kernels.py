@@ -70,26 +70,26 @@ def of_layout(generation, dtype, channels, launch, gather) -> tuple[dict, dict]:
     return arguments, constants
 
 
-def negatives(generation, dtype, channels, running, gather) -> tuple:
-    launch = configs.negatives(generation, dtype, channels, running, gather)
-    arguments, constants = of_layout(generation, dtype, channels, launch, gather)
-    arguments |= pointers("firsts ends split_tiles", "*i64") | {"splits": "i32", "scale": "fp32"}
+def negatives(generation, dtype, channels, running, by_rows, kind=None) -> tuple:
+    """The negatives of all keys, or between their bounds: kind "cut" or "bounded"."""
+    launch = configs.negatives(generation, dtype, channels, running, by_rows)
+    arguments, constants = of_layout(generation, dtype, channels, launch, by_rows)
+    for found in (arguments, constants):
+        found.pop("key_order", None)
+    arguments |= {"ends": "*i64", "splits": "i32", "scale": "fp32"}
     arguments |= pointers("bound top total away mean", "*fp32")
-    constants |= absent("least last ceiling")
+    if kind is None:
+        arguments |= pointers("firsts split_tiles", "*i64")
+    else:
+        arguments |= {"least": "*fp16", "last": "*i32"}
+    if kind == "bounded":
+        arguments["ceiling"] = "*fp32"
     if running and dtype != torch.float16:
         arguments["flag"] = "*i32"
-    else:
-        constants["flag"] = None
+    for name in ("firsts", "split_tiles", "least", "last", "ceiling", "flag"):
+        if name not in arguments:
+            constants[name] = None
     return contrast.negatives_kernel, arguments, constants | {"RUNNING": running}, launch
-
-
-def cut_negatives(generation, dtype, channels, bounded) -> tuple:
-    """The negatives of a sample between their bounds."""
-    kernel, arguments, constants, launch = negatives(generation, dtype, channels, False, False)
-    arguments |= {"least": "*fp16", "last": "*i32"} | ({"ceiling": "*fp32"} if bounded else {})
-    arguments = {n: kind for n, kind in arguments.items() if n not in ("firsts", "split_tiles")}
-    constants = {n: x for n, x in constants.items() if n not in arguments} | absent("firsts split_tiles")
-    return kernel, arguments, constants | {"PARTS": 1}, launch
 
 
 def similarity(generation, dtype, channels, own) -> tuple:
@@ -241,20 +241,21 @@ def by_row(generation) -> list[tuple[str, tuple]]:
 def jobs(generation: int) -> list[tuple[str, tuple]]:
     """(name, what to compile) for one generation."""
     found = [(f"merge_kernel {channels}", merges(channels)) for channels in (64, 512, 192)]
-    for dtype, kind in TYPES.items():
+    for dtype, of_type in TYPES.items():
         for channels in CHANNELS[dtype]:
-            name = f"{kind} {channels}"
+            name = f"{of_type} {channels}"
             for gather in (False, True):
-                way = "gather" if gather else "bank"
+                way = "rows" if gather else "bank"
                 for running in (True,) if dtype == torch.float16 else (False, True):
                     mode = "running" if running else "fixed"
                     what = negatives(generation, dtype, channels, running, gather)
                     found.append((f"negatives {name} {way} {mode}", what))
+                way = "gather" if gather else "bank"
                 what = positives(generation, dtype, channels, gather, gather)
                 found.append((f"positives {name} {way}", what))
-            for bounded in (False, True):
-                what = cut_negatives(generation, dtype, channels, bounded)
-                found.append((f"negatives {name} {'bounded' if bounded else 'cut'}", what))
+            for kind in ("cut", "bounded"):
+                what = negatives(generation, dtype, channels, False, False, kind)
+                found.append((f"negatives {name} {kind}", what))
             what = positives(generation, dtype, channels, True, False, is_cut=True)
             found.append((f"positives {name} cut", what))
             for own in (False, True):

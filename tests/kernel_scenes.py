@@ -13,7 +13,7 @@ from pico_fast import on_gpu
 from pico_fast.selection.layout import Layout, of_bank, of_labels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KINDS = ("labels", "in batch", "bank", "full bank", "sample", "gaps")
+KINDS = ("labels", "in batch", "bank", "full bank", "sample")
 
 
 def vectors(n, dim, g, kind="random"):
@@ -48,13 +48,11 @@ def layout(kind, n_anchors, dim, classes, per_class, vectors_kind="random", seed
     used = key_classes(None, ranges, len(keys))
     keys[used < 0] = math.nan
     found = of_bank(anchors, labels, keys, ranges)
-    if kind in ("sample", "gaps"):
-        gap = 3 if kind == "gaps" else 0  # between classes stand keys that nobody may reach
-        order, ranges, unused = [], [], (used < 0).nonzero()[:gap, 0].tolist()
+    if kind == "sample":
+        order, ranges = [], []
         for c in range(classes):
             rows = (used == c).nonzero()[:, 0]
             rows = rows[torch.randperm(len(rows), generator=g)[: len(rows) * 2 // 3]].tolist()
-            order += unused
             ranges.append([[len(order), len(rows)]])
             order += rows
         key_order = torch.tensor(order + [-1] * 29)

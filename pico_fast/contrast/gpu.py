@@ -31,136 +31,93 @@ def takes_keys_grad(layout: Layout, cut: Cut, *_) -> bool:
     return launches.takes(layout) and cut.is_none
 
 
-def _stretches(layout: Layout, running: bool) -> list[tuple]:
-    """All positions in use: one stretch, or for the copy engine whole tiles and what is left.
+def _walks(layout: Layout, ends: Tensor | None, running: bool) -> list[tuple]:
+    """What launches over all positions in use: their tiles, settings, keys for the copy engine, and splits.
 
-    A stretch is spans [n, 2], their launch, keys for the copy engine, and into how many parts it is cut.
-    A tile of the copy engine brings rows behind the end of a span along, and those may hold anything:
-    multiplied by 0 as well, nan stays nan.
+    A sample takes one. A bank takes one for whole tiles of the copy engine and one for what is left: a tile
+    of it brings rows behind the end of a part along, and in a bank these may hold anything: multiplied by 0
+    as well, nan stays nan.
     """
-    keys, spans = layout.keys, launches.spans(layout)
+    keys, n = layout.keys, layout.keys.shape[0]
     found = (launches.gpu(keys.device)[0], keys.dtype, keys.shape[1], running)
-    gathered = configs.negatives(*found, True)
-    launch = gathered if layout.key_order is not None else configs.negatives(*found, False)
-    splits = launches.splits(layout, launch, triton.cdiv(launches.n_positions(layout), launch.BN))
+    launch, by_rows = (configs.negatives(*found, way) for way in (False, True))
     key_blocks = launches.key_blocks(layout, launch)
+    splits = launches.splits(layout, launch, triton.cdiv(n, launch.BN))
+    if ends is not None:
+        return [({"firsts": None, "ends": ends, "split_tiles": None}, launch, key_blocks, splits)]
+    first, length = layout.ranges.flatten(0, 1).unbind(1)
     if key_blocks is None:
-        return [(spans, launch, None, splits)]
-    first, length = spans.unbind(1)
+        return [(launches.tile_list(first, length, n, by_rows.BN, splits), by_rows, None, splits)]
     whole = length // launch.BN * launch.BN
-    tiles, left = torch.stack([first, whole], 1), torch.stack([first + whole, length - whole], 1)
-    few = launches.splits(layout, gathered, min(len(spans), 16))
-    return [(tiles, launch, key_blocks, splits), (left, gathered, None, few)]
+    tiles = launches.tile_list(first, whole, n, launch.BN, splits)
+    few = launches.splits(layout, by_rows, min(len(first), 16))
+    left = launches.tile_list(first + whole, length - whole, n, by_rows.BN, few)
+    return [(tiles, launch, key_blocks, splits), (left, by_rows, None, few)]
 
 
 def negatives(layout: Layout, cut: Cut, temperature: float, want_mean: bool) -> Negatives:
     """The op `negatives`: log-sum [A], softmax mean [A, D] and sum of the inner products [A]."""
-    layout = launches.dense(layout)
-    n_anchors, channels = layout.anchors.shape
-    new = functools.partial(torch.empty, device=layout.anchors.device)
+    layout, ends = launches.dense(layout), None
+    if layout.key_order is not None:
+        layout, ends = bounding.gathered(layout)
+    anchors, scale = layout.anchors, math.log2(math.e) / temperature
+    n_anchors, channels = anchors.shape
+    new = functools.partial(torch.empty, device=anchors.device)
     out = {"lse": new(n_anchors), "away": new(n_anchors)}
     out["mean"] = new(n_anchors, channels) if want_mean else None
-    below = new(0, dtype=torch.int64)
-    scale = math.log2(math.e) / temperature
-    if cut.is_none:
-        _sum_all(layout, scale, out)
+    flag, below, between, passes = None, new(0, dtype=torch.int64), {"least": None, "last": None}, (True,)
+    if not cut.is_none:
+        # with a cut the greatest exponent is known
+        launch, passes = _walks(layout, ends, False)[0][1], (False,)
+        least, last, bound, pairs = bounding.bounds(layout, cut, False, ends, launch, scale)
+        between, below = {"least": least, "last": last}, below if cut.ceiling is None else pairs
     else:
-        pairs = _sum_cut(layout, cut, scale, out)
-        below = below if cut.ceiling is None else pairs
+        # inner products with unit keys are at most this; longer ones raise the flag
+        bound = torch.linalg.vector_norm(anchors, dim=1, dtype=torch.float32) * scale
+        # at first with a fixed shift; again with the running maximum, which does nothing unless flagged;
+        # float16 has too few exponents for a fixed one
+        if layout.keys.dtype != torch.float16:
+            flag, passes = torch.zeros(1, dtype=torch.int32, device=anchors.device), (False, True)
+    for running in passes:
+        walks = _walks(layout, ends, running)
+        every = sum(splits for *_, splits in walks)
+        parts = {name: new(every, n_anchors) for name in ("top", "total", "away")}
+        parts["mean"] = new(every, n_anchors, channels) if want_mean else None
+        first = 0
+        for tiles, launch, key_blocks, splits in walks:
+            here = slice(first, first + splits)
+            first += splits
+            contrast.negatives_kernel[(triton.cdiv(n_anchors, launch.BM) * splits,)](
+                key_blocks=key_blocks,
+                bound=bound,
+                ceiling=cut.ceiling,
+                flag=flag if running else None,
+                splits=splits,
+                scale=scale,
+                RUNNING=running,
+                **tiles,
+                **between,
+                **{name: x if x is None else x[here] for name, x in parts.items()},
+                **_without(launches.options(layout, launch), "key_order"),
+            )
+        merge.merge_kernel[(triton.cdiv(n_anchors, configs.MERGE.BM),)](
+            anchor_class=layout.anchor_class,
+            flag=flag,
+            n_anchors=n_anchors,
+            splits=every,
+            BR=configs.MERGE.BM,
+            RUNNING=running or flag is None,
+            num_warps=configs.MERGE.num_warps,
+            **{f"{name}_parts": x for name, x in parts.items()},
+            **out,
+            **launches.sizes(anchors),
+        )
     return Negatives(out["lse"], new(0) if out["mean"] is None else out["mean"], out["away"], below)
 
 
-def _sum_all(layout: Layout, scale: float, out: dict[str, Tensor | None]) -> None:
-    """Sums over all negatives."""
-    anchors, fixed = layout.anchors, layout.keys.dtype != torch.float16
-    # inner products with unit keys are at most this; longer ones raise the flag
-    bound = torch.linalg.vector_norm(anchors, dim=1, dtype=torch.float32) * scale
-    # float16 has too few exponents for a fixed shift
-    flag = torch.zeros(1, dtype=torch.int32, device=anchors.device) if fixed else None
-    # at first with a fixed shift; again with the running maximum, which does nothing unless flagged
-    for running in (False, True) if fixed else (True,):
-        stretches = _stretches(layout, running)
-        parts, first = _parts(layout, sum(count for *_, count in stretches), out), 0
-        for spans, launch, key_blocks, count in stretches:
-            n = launches.n_positions(layout) // launch.BN + len(spans)
-            here = slice(first, first + count)
-            first += count
-            contrast.negatives_kernel[(triton.cdiv(len(anchors), launch.BM) * count,)](
-                key_blocks=key_blocks,
-                bound=bound,
-                least=None,
-                last=None,
-                ceiling=None,
-                flag=flag if running else None,
-                splits=count,
-                scale=scale,
-                RUNNING=running,
-                **{name: x if x is None else x[here] for name, x in parts.items()},
-                **launches.tile_list(spans, launch.BN, n, count),
-                **launches.options(layout, launch),
-            )
-        _merge(layout, parts, flag, running, out)
-
-
-def _sum_cut(layout: Layout, cut: Cut, scale: float, out: dict[str, Tensor | None]) -> Tensor:
-    """Sums over the negatives of a sample that count; how many lie below the ceiling [A] int64."""
-    ends, layout = bounding.size(layout), bounding.gathered(layout)
-    generation = launches.gpu(ends.device)[0]
-    launch = configs.negatives(generation, layout.keys.dtype, layout.keys.shape[1], False, False)
-    least, last, shift, pairs = bounding.bounds(layout, ends, cut, False, launch, scale)
-    tiles = triton.cdiv(launches.n_positions(layout), launch.BN)
-    splits = launches.splits(layout, launch, tiles)
-    parts = _parts(layout, splits, out)
-    contrast.negatives_kernel[(triton.cdiv(len(layout.anchors), launch.BM) * splits,)](
-        key_blocks=launches.key_blocks(layout, launch),
-        bound=shift,
-        firsts=None,
-        ends=ends,
-        split_tiles=None,
-        least=least,
-        last=last,
-        ceiling=cut.ceiling,
-        flag=None,
-        splits=splits,
-        scale=scale,
-        RUNNING=False,
-        **parts,
-        **launches.options(layout, launch),
-    )
-    _merge(layout, parts, None, True, out)
-    return pairs
-
-
-def _parts(layout: Layout, splits: int, out: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """What the splits of the negatives add up to: top, total and away [splits, A], mean [splits, A, D]."""
-    n_anchors, channels = layout.anchors.shape
-    device = layout.anchors.device
-    parts = {name: torch.empty(splits, n_anchors, device=device) for name in ("top", "total", "away")}
-    mean = None if out["mean"] is None else torch.empty(splits, n_anchors, channels, device=device)
-    return parts | {"mean": mean}
-
-
-def _merge(
-    layout: Layout,
-    parts: dict[str, Tensor | None],
-    flag: Tensor | None,  # [1] int32
-    running: bool,
-    out: dict[str, Tensor | None],
-) -> None:
-    """Add up the splits of the negatives."""
-    splits, n_anchors = parts["top"].shape
-    merge.merge_kernel[(triton.cdiv(n_anchors, configs.MERGE.BM),)](
-        anchor_class=layout.anchor_class,
-        flag=flag,
-        n_anchors=n_anchors,
-        splits=splits,
-        BR=configs.MERGE.BM,
-        RUNNING=running,
-        num_warps=configs.MERGE.num_warps,
-        **{f"{name}_parts": x for name, x in parts.items()},
-        **out,
-        **launches.sizes(layout.anchors),
-    )
+def _without(options: dict, *names: str) -> dict:
+    """Keyword arguments that a kernel takes, of those that most take."""
+    return {name: x for name, x in options.items() if name not in names}
 
 
 def positives(
@@ -180,7 +137,7 @@ def positives(
     splits = launches.splits(layout, launch, min(8, tiles))
     least = last = None
     if not cut.is_none:
-        least, last, *_ = bounding.bounds(layout, bounding.size(layout), cut, True, launch, 1.0)
+        least, last, *_ = bounding.bounds(layout, cut, True, layout.ranges[-1, 0].sum(), launch, 1.0)
     parts = torch.empty(3, splits, n_anchors, device=anchors.device)
     pull = parts.new_empty(splits, n_anchors, channels) if want_pull else None
     contrast.positives_kernel[(triton.cdiv(n_anchors, launch.BM) * splits,)](
@@ -222,9 +179,8 @@ def keys_grad(
     out = torch.zeros(keys.shape, device=keys.device)
     # float16 has too few exponents for weights of any size; TF32 has its 10 bits and float32's
     narrow = launches.tile_dtype(keys.dtype) == torch.bfloat16
-    options, n_positions = launches.options(layout, launch), launches.n_positions(layout)
-    for name in ("query_blocks", "ranges", "PARTS", "STAGES"):
-        del options[name]
+    n_positions = launches.n_positions(layout)
+    options = _without(launches.options(layout, launch), "query_blocks", "ranges", "PARTS", "STAGES")
     contrast.keys_grad_kernel[(triton.cdiv(n_positions, launch.BN),)](
         key_class=class_of_positions(ranges, n_positions),
         own_begin=own_begin,

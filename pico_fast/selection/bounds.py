@@ -45,28 +45,25 @@ def takes(layout: Layout, cut: Cut, own: bool) -> bool:
     return is_sample and _width(layout, cut, own) <= MOST_WIDTH and not (own and cut.ceiling is not None)
 
 
-def size(layout: Layout) -> Tensor:
-    """How many keys a sample has: [] int64."""
-    return layout.ranges[-1, 0].sum()
-
-
-def gathered(layout: Layout) -> Layout:
-    """A sample whose keys are rows one after the other, zeros behind the last."""
+def gathered(layout: Layout) -> tuple[Layout, Tensor]:
+    """Keys in any order one after the other, zeros behind the last; and how many are in use [] int64."""
     keys = layout.keys.new_empty(launches.n_positions(layout), layout.keys.shape[1])
+    ends = layout.ranges[-1, 0].sum()
     sample.gather_kernel[(triton.cdiv(len(keys), _ROWS),)](
         keys=layout.keys,
         key_order=layout.key_order,
+        ends=ends,
         out=keys,
         width=len(keys),
         key_stride=layout.keys.stride(0),
         BN=_ROWS,
         **launches.sizes(keys),
     )
-    return layout._replace(keys=keys, key_order=None)
+    return layout._replace(keys=keys, key_order=None), ends
 
 
 def bounds(
-    layout: Layout, ends: Tensor, cut: Cut, own: bool, launch: configs.Launch, scale: float
+    layout: Layout, cut: Cut, own: bool, ends: Tensor, launch: configs.Launch, scale: float
 ) -> Bounds:
     """The bounds of every anchor, from the tiles that its sums will be made of."""
     n_anchors, width = len(layout.anchors), _width(layout, cut, own)

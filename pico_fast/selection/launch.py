@@ -121,20 +121,20 @@ def spread(
 
 
 def tile_list(
-    spans: Tensor,  # [n, 2] int64
+    first: Tensor,  # [n] int64, first position of each part in use
+    length: Tensor,  # [n] int64
+    n_positions: int,
     tile: int,
-    most: int,
     splits: int,
 ) -> dict[str, Tensor]:
-    """The tiles of spans, at most so many, and which of them a split has: arguments of the kernels."""
-    first, length = spans.unbind(1)
+    """The tiles of all parts, and which of them a split has: arguments of the kernels."""
     tiles = (length + tile - 1) // tile
     behind = tiles.cumsum(0)
-    number = torch.arange(most, device=spans.device)
-    span = torch.searchsorted(behind, number, right=True).clamp_(max=len(spans) - 1)
-    firsts = first.take(span) + (number - (behind - tiles).take(span)) * tile
-    split_tiles = torch.arange(splits + 1, device=spans.device) * behind[-1] // splits
-    return {"firsts": firsts, "ends": (first + length).take(span), "split_tiles": split_tiles}
+    number = torch.arange(n_positions // tile + len(first), device=first.device)
+    part = torch.searchsorted(behind, number, right=True).clamp_(max=len(first) - 1)
+    firsts = first.take(part) + (number - (behind - tiles).take(part)) * tile
+    split_tiles = torch.arange(splits + 1, device=first.device) * behind[-1] // splits
+    return {"firsts": firsts, "ends": (first + length).take(part), "split_tiles": split_tiles}
 
 
 def _blocks(x: Tensor, n: int) -> TensorDescriptor | None:
