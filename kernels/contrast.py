@@ -42,8 +42,8 @@ def negatives_kernel(
     keys,  # [K, D]
     key_blocks,  # a descriptor of its blocks, whose rows are all finite; or None
     firsts,  # [n] int64, first position of each tile of BN; None: all from 0 on
-    ends,  # [n] int64, of each tile one past the last position in use; or [1], of all
-    split_tiles,  # [splits + 1] int64, first tile of each split; or None
+    ends,  # one past the last position in use, [n] int64 of each tile, or [1] of all; None: tiles are whole
+    n_tiles,  # [1] int64, how many there are; None: as many as reach `ends`
     least,  # [A] float16, the cut: only keys at least as hard count; or None, every key
     last,  # [A] int32, of keys as hard as that the last place that counts; or None
     ceiling,  # [A] float32, only less similar keys count; or None
@@ -93,29 +93,33 @@ def negatives_kernel(
         until = tl.load(last + rows, mask=rows < n_anchors, other=0)[:, None]
         if ceiling is not None:
             under = tl.load(ceiling + rows, mask=rows < n_anchors, other=0.0)[:, None]
-    if firsts is None:
-        n_tiles = tl.cdiv(tl.load(ends).to(tl.int32), BN)
-        from_tile, to_tile = split * n_tiles // splits, (split + 1) * n_tiles // splits
+    if n_tiles is None:
+        n = tl.cdiv(tl.load(ends).to(tl.int32), BN)
     else:
-        from_tile = tl.load(split_tiles + split).to(tl.int32)
-        to_tile = tl.load(split_tiles + split + 1).to(tl.int32)
-    for j in tl.range(from_tile, to_tile, num_stages=STAGES):
-        if firsts is None:
-            first, end = j * BN, tl.load(ends).to(tl.int32)
-        else:
-            first, end = tl.load(firsts + j).to(tl.int32), tl.load(ends + j).to(tl.int32)
+        n = tl.load(n_tiles).to(tl.int32)
+    for j in tl.range(split * n // splits, (split + 1) * n // splits, num_stages=STAGES):
+        first = j * BN
+        if firsts is not None:
+            first = tl.load(firsts + j).to(tl.int32)
         position = first + tl.arange(0, BN)
-        k, _ = load_tile(keys, key_blocks, None, first, position, position < end, key_stride, D, BD)
+        there = None
+        if ends is not None:
+            end = tl.load(ends if firsts is None else ends + j).to(tl.int32)
+            there = position < end
+        k, _ = load_tile(keys, key_blocks, None, first, position, there, key_stride, D, BD)
         k = k.to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision="tf32")
         logits = s * scale
-        # without a cut only the few tiles that touch an own class or the end of a span pay for a mask
-        touched = (first < block_end) & (first + BN > block_begin) | (first + BN > end)
+        # without a cut only the few tiles that touch an own class or the end of a part pay for a mask
+        touched = (first < block_end) & (first + BN > block_begin)
+        if ends is not None:
+            touched = touched | (first + BN > end)
         if least is not None:
             touched = True
         if touched:
             other = (position[None, :] < own_begin[:, None]) | (position[None, :] >= own_end[:, None])
-            other = other & (position < end)[None, :]
+            if ends is not None:
+                other = other & there[None, :]
             if least is not None:
                 other = other & counts(halves_of(s), position[None, :], hard, until)
                 if ceiling is not None:

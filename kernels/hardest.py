@@ -5,12 +5,13 @@ key's row, inverted so that of equal similarities the lower row is the greater w
 anchor all differ, so "the n greatest" is one set, whatever order they are found in.
 
     estimate_kernel  the similarity at a rank of each anchor's in a sample of the keys
-    walk_kernel      anchors x a split of the keys: pairs whose word reaches the anchor's threshold are
-                     appended to its candidates, in the order in which they happen to come. Without
-                     candidates it counts instead, of the pairs that share the known digits of the
+    hits_kernel      anchors x a split of the keys: a bit for each pair whose word reaches the anchor's threshold
+    collect_kernel   an anchor: the keys of its bits, which are its candidates
+    score_kernel     an anchor x some candidates: their words
+    order_kernel     an anchor: its candidates sorted, greatest word first
+    digits_kernel    anchors x a split of the keys: of the pairs that share the known digits of the
                      threshold, how many have which next digit
     narrow_kernel    from those counts, the next digit of the word at the wanted rank
-    order_kernel     candidates of an anchor, sorted: greatest word first
 
 Six digits make a threshold exact. An estimate from a sample of the keys is nearly right for a sixteenth
 of the cost; where it let too few or too many pairs through, `active` says so on the device, and
@@ -19,12 +20,14 @@ only those anchors go through the six digits.
 
 import triton
 import triton.language as tl
-from pico_fast.kernels.rows import INT32_MAX, load_queries, load_tile, own_range
+from pico_fast.kernels.rows import INT32_MAX, load_queries, load_row, load_rows, load_tile, own_range
 
 # where digits of a word begin, from the top: 11, 11, 10 bits of hardness, 11, 11, 10 of the row
 DIGITS = (53, 42, 32, 21, 10, 0)
 BINS = tl.constexpr(2048)
-LEAST = tl.constexpr(-9223372036854775808)
+# the word that every pair reaches: the number of -inf above zeros
+LEAST = tl.constexpr(-2139095041 << 32)
+LOW = tl.constexpr(0xFFFFFFFF)
 
 
 @triton.jit
@@ -41,16 +44,11 @@ def numbers_of(
 
 
 @triton.jit
-def similarity_of(
-    word,  # int64
-    OWN: tl.constexpr,
+def number_value(
+    number,  # int32
 ):
-    """The inner product that a word was made of, float32."""
-    ordered = (word >> 32).to(tl.int32)
-    s = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    if OWN:
-        s = -s
-    return s
+    """The hardness that a number stands for, float32."""
+    return (number ^ ((number >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -82,11 +80,46 @@ def estimate_kernel(
         enough = tl.sum((number >= greater.to(tl.int32)).to(tl.int32), 0) >= wanted
         found = tl.where(enough, greater, found)
         bit = bit >> 1
-    tl.store(threshold + row, found << 32)
+    tl.store(threshold + row, tl.maximum(found << 32, LEAST))
 
 
 @triton.jit
-def walk_kernel(
+def first_tile(
+    ends,  # [n] int64, ascending, one past the last position of each tile
+    n,
+    position,
+):
+    """The first of n tiles that ends behind a position; n where none does."""
+    low, high = 0, n
+    while low < high:
+        middle = (low + high) // 2
+        is_behind = tl.load(ends + middle) > position
+        high = tl.where(is_behind, middle, high)
+        low = tl.where(is_behind, low, middle + 1)
+    return low
+
+
+@triton.jit
+def tiles_of(
+    ends,  # [n] int64
+    n_tiles,  # [1] int64
+    takes_part,  # [R] bool
+    own_begin,  # [R] int32
+    own_end,  # [R] int32
+    OWN: tl.constexpr,
+):
+    """The first tile that some anchors walk over, and how many: all, or those that touch their own classes."""
+    begin = 0
+    n = tl.load(n_tiles).to(tl.int32)
+    if OWN:
+        begin = first_tile(ends, n, tl.min(tl.where(takes_part, own_begin, INT32_MAX), 0))
+        last = tl.max(tl.where(takes_part, own_end, 0), 0) - 1
+        n = tl.minimum(first_tile(ends, n, last) + 1, n) - begin
+    return begin, n
+
+
+@triton.jit
+def hits_kernel(
     queries,  # [A, D] in the product's type, class by class, 0 in empty slots
     query_blocks,  # a descriptor of its blocks, or None
     anchor_class,  # [A] int64, -1: an empty slot
@@ -95,16 +128,15 @@ def walk_kernel(
     key_blocks,  # a descriptor of its blocks, or None
     key_order,  # [W] int64, or None
     own_key,  # [A] int64, the key that an anchor is itself; or None
-    spans,  # [n, 2] int64, first position and length of what is in use
-    tiles,  # [n] int64, tiles of BN up to and with each span
-    split_tiles,  # [splits + 1] int64, first tile of each split
-    split_span,  # [splits] int64, where that tile lies
+    firsts,  # [n] int64, first position of each tile of BN
+    ends,  # [n] int64, one past its last position in use
+    n_tiles,  # [1] int64, how many of them there are
     active,  # [A] int32: 0 leaves an anchor out
-    threshold,  # [A] int64: the least word to append, or the known digits of the word at the rank
-    found,  # [A] int32, pairs that reached the threshold; or counts [A, BINS] int32 of digits
-    candidates,  # [A, capacity] int64, out; None: count digits
-    capacity,
+    threshold,  # [A] int64: the least word that hits
+    bits,  # [A, n BN / 32] int32, out: a bit for each pair, tile by tile; own: of the own tiles alone
     n_anchors,
+    n_words,
+    splits,
     key_stride,
     PARTS: tl.constexpr,
     D: tl.constexpr,
@@ -113,7 +145,6 @@ def walk_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
     OWN: tl.constexpr,
-    SHIFT: tl.constexpr,  # where the digit to count begins
 ):
     n_blocks = tl.cdiv(n_anchors, BM)
     block, split = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks
@@ -121,65 +152,184 @@ def walk_kernel(
     inside = rows < n_anchors
     own_begin, own_end = own_range(anchor_class, ranges, rows, n_anchors, PARTS)
     takes_part = (own_begin >= 0) & (tl.load(active + rows, mask=inside, other=0) != 0)
-    own_end = tl.where(takes_part, own_end, -1)
-    block_end = tl.max(own_end, 0)
-    if block_end < 0:
+    if tl.max(takes_part.to(tl.int32), 0) == 0:
         return
-    block_begin = tl.min(tl.where(takes_part, own_begin, INT32_MAX), 0)
+    begin, n = tiles_of(ends, n_tiles, takes_part, own_begin, own_end, OWN)
+    word = tl.load(threshold + rows, mask=inside, other=0)
+    least, until = number_value((word >> 32).to(tl.int32))[:, None], ((word & LOW) ^ LOW)[:, None]
+    if own_key is not None:
+        itself = tl.load(own_key + rows, mask=inside, other=-1)
+    q = load_queries(queries, query_blocks, block * BM, BM, n_anchors, D, BD)
+    out = bits + rows.to(tl.int64)[:, None] * n_words + tl.arange(0, BN // 32)[None, :]
+    for j in tl.range(begin + split * n // splits, begin + (split + 1) * n // splits, num_stages=STAGES):
+        first, end = tl.load(firsts + j).to(tl.int32), tl.load(ends + j).to(tl.int32)
+        position = first + tl.arange(0, BN)
+        k, key_rows = load_tile(keys, key_blocks, key_order, first, position, position < end, key_stride, D, BD)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32")
+        pair = (position[None, :] >= own_begin[:, None]) & (position[None, :] < own_end[:, None])
+        if OWN:
+            s = -s
+            if own_key is not None:
+                pair = pair & (key_rows[None, :] != itself[:, None])
+        else:
+            pair = pair == 0
+        hit = (s > least) | (s != s) | ((s == least) & (key_rows.to(tl.int64)[None, :] <= until))
+        hit = hit & pair & (position < end)[None, :]
+        of_word = tl.reshape(hit.to(tl.int32), [BM, BN // 32, 32]) << tl.arange(0, 32)[None, None, :]
+        tl.store(out + j * (BN // 32), tl.sum(of_word, 2), mask=takes_part[:, None])
+
+
+@triton.jit
+def collect_kernel(
+    bits,  # [A, n_words] int32
+    anchor_class,  # [A] int64
+    ranges,  # [C, PARTS, 2] int64
+    key_order,  # [W] int64, or None
+    firsts,  # [n] int64
+    ends,  # [n] int64
+    n_tiles,  # [1] int64
+    active,  # [A] int32
+    candidates,  # [A, capacity] int64, out: rows of keys
+    found,  # [A] int32, out: how many there are, more than capacity too
+    n_anchors,
+    n_words,
+    capacity,
+    PARTS: tl.constexpr,
+    BN: tl.constexpr,
+    WORDS: tl.constexpr,  # read at a time
+    OWN: tl.constexpr,
+):
+    row = tl.program_id(0)
+    rows = row + tl.arange(0, 1)
+    own_begin, own_end = own_range(anchor_class, ranges, rows, n_anchors, PARTS)
+    takes_part = (own_begin >= 0) & (tl.load(active + rows) != 0)
+    if tl.max(takes_part.to(tl.int32), 0) == 0:
+        return
+    begin, n_own = tiles_of(ends, n_tiles, takes_part, own_begin, own_end, OWN)
+    per_tile: tl.constexpr = BN // 32
+    out = candidates + row.to(tl.int64) * capacity
+    n = 0
+    end = (begin + n_own) * per_tile
+    for start in range(begin * per_tile, end, WORDS):
+        at = start + tl.arange(0, WORDS)
+        inside = at < end
+        word = tl.load(bits + row.to(tl.int64) * n_words + at, mask=inside, other=0)
+        hits = ones(word)
+        slot = n + tl.cumsum(hits, 0) - hits
+        n += tl.sum(hits, 0)
+        first = tl.load(firsts + at // per_tile, mask=word != 0, other=0) + at % per_tile * 32
+        while tl.max((word != 0).to(tl.int32), 0) > 0:
+            left = (word != 0) & (slot < capacity)
+            key = first + ones((word & -word) - 1)
+            if key_order is not None:
+                key = tl.load(key_order + key, mask=left, other=0)
+            tl.store(out + slot, key, mask=left)
+            word = word & (word - 1)
+            slot += 1
+    tl.store(found + row, n)
+
+
+@triton.jit
+def ones(
+    word,  # int32
+):
+    """How many bits are set."""
+    x = word - ((word >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24) & 0x3F
+
+
+@triton.jit
+def score_kernel(
+    queries,  # [A, D]
+    keys,  # [K, D]
+    active,  # [A] int32
+    found,  # [A] int32
+    candidates,  # [A, capacity] int64, rows of keys; out: words
+    capacity,
+    key_stride,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    ROWS: tl.constexpr,
+    OWN: tl.constexpr,
+):
+    anchor, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = block * ROWS + tl.arange(0, ROWS)
+    used = at < tl.minimum(tl.load(found + anchor), capacity)
+    if tl.load(active + anchor) == 0:
+        return
+    if tl.max(used.to(tl.int32), 0) == 0:
+        return
+    q = load_row(queries, anchor, D, D, BD)
+    row = tl.load(candidates + anchor * capacity + at, mask=used, other=0)
+    k = load_rows(keys, row, used, key_stride, D, BD).to(queries.dtype.element_ty).to(tl.float32)
+    number = numbers_of(tl.sum(k * q[None, :], 1), OWN)
+    tl.store(candidates + anchor * capacity + at, (number.to(tl.int64) << 32) | (row ^ LOW), mask=used)
+
+
+@triton.jit
+def digits_kernel(
+    queries,  # [A, D] in the product's type, class by class, 0 in empty slots
+    query_blocks,  # a descriptor of its blocks, or None
+    anchor_class,  # [A] int64, -1: an empty slot
+    ranges,  # [C, PARTS, 2] int64
+    keys,  # [K, D]
+    key_blocks,  # a descriptor of its blocks, or None
+    key_order,  # [W] int64, or None
+    own_key,  # [A] int64, the key that an anchor is itself; or None
+    firsts,  # [n] int64, first position of each tile of BN
+    ends,  # [n] int64, one past its last position in use
+    n_tiles,  # [1] int64, how many of them there are
+    active,  # [A] int32: 0 leaves an anchor out
+    threshold,  # [A] int64: the known digits of the word at the rank
+    counts,  # [A, BINS] int32, in and out: how many words have which next digit
+    n_anchors,
+    splits,
+    key_stride,
+    PARTS: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+    OWN: tl.constexpr,
+    SHIFT: tl.constexpr,  # where the digit begins
+):
+    n_blocks = tl.cdiv(n_anchors, BM)
+    block, split = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks
+    rows = block * BM + tl.arange(0, BM)
+    inside = rows < n_anchors
+    own_begin, own_end = own_range(anchor_class, ranges, rows, n_anchors, PARTS)
+    takes_part = (own_begin >= 0) & (tl.load(active + rows, mask=inside, other=0) != 0)
+    if tl.max(takes_part.to(tl.int32), 0) == 0:
+        return
+    begin, n = tiles_of(ends, n_tiles, takes_part, own_begin, own_end, OWN)
     least = tl.load(threshold + rows, mask=inside, other=0)
     if own_key is not None:
         itself = tl.load(own_key + rows, mask=inside, other=-1)
     q = load_queries(queries, query_blocks, block * BM, BM, n_anchors, D, BD)
     rows = rows.to(tl.int64)
-    tile = tl.load(split_tiles + split).to(tl.int32)
-    stop = tl.load(split_tiles + split + 1).to(tl.int32)
-    span = tl.load(split_span + split).to(tl.int32)
-    while tile < stop:
-        start = tl.load(spans + 2 * span).to(tl.int32)
-        length = tl.load(spans + 2 * span + 1).to(tl.int32)
-        end = start + length
-        upto = tl.load(tiles + span).to(tl.int32)
-        before = upto - tl.cdiv(length, BN)
-        last = tl.minimum(upto, stop)
-        from_tile = tile - before
-        to_tile = last - before
-        if OWN:  # of this span, the tiles that touch the own classes of the block
-            from_tile = tl.maximum(from_tile, tl.maximum(block_begin - start, 0) // BN)
-            to_tile = tl.minimum(to_tile, tl.cdiv(tl.maximum(block_end - start, 0), BN))
-        for j in tl.range(from_tile, to_tile, num_stages=STAGES):
-            first = start + j * BN
-            position = first + tl.arange(0, BN)
-            there = position < end
-            k, key_rows = load_tile(keys, key_blocks, key_order, first, position, there, key_stride, D, BD)
-            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32")
-            own = (position[None, :] >= own_begin[:, None]) & (position[None, :] < own_end[:, None])
-            pair = there[None, :] & takes_part[:, None]
-            if OWN:
-                pair = pair & own
-                if own_key is not None:
-                    pair = pair & (key_rows[None, :] != itself[:, None])
-            else:
-                pair = pair & (own == 0)
-            low = (0xFFFFFFFF - key_rows.to(tl.int64))[None, :]
-            word = (numbers_of(s, OWN).to(tl.int64) << 32) | low
-            if candidates is None:
-                bits: tl.constexpr = 10 if SHIFT == 32 or SHIFT == 0 else 11
-                if SHIFT < 53:  # the first digit has none above it
-                    above: tl.constexpr = SHIFT + bits
-                    pair = pair & ((word >> above) == (least >> above)[:, None])
-                if tl.max(pair.to(tl.int32)) > 0:
-                    digit = (word >> SHIFT) & ((1 << bits) - 1)
-                    tl.atomic_add(found + rows[:, None] * BINS + digit, 1, mask=pair, sem="relaxed")
-            else:
-                hit = pair & (word >= least[:, None])
-                if tl.max(hit.to(tl.int32)) > 0:  # most tiles have none for most anchors
-                    one = tl.full([BM, BN], 1, tl.int32)
-                    counter = tl.broadcast_to(found + rows[:, None], [BM, BN])
-                    slot = tl.atomic_add(counter, one, mask=hit, sem="relaxed")
-                    offset = rows[:, None] * capacity + slot
-                    tl.store(candidates + offset, word, mask=hit & (slot < capacity))
-        tile = last
-        span += 1
+    for j in tl.range(begin + split * n // splits, begin + (split + 1) * n // splits, num_stages=STAGES):
+        first, end = tl.load(firsts + j).to(tl.int32), tl.load(ends + j).to(tl.int32)
+        position = first + tl.arange(0, BN)
+        k, key_rows = load_tile(keys, key_blocks, key_order, first, position, position < end, key_stride, D, BD)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32")
+        pair = (position[None, :] >= own_begin[:, None]) & (position[None, :] < own_end[:, None])
+        if OWN:
+            if own_key is not None:
+                pair = pair & (key_rows[None, :] != itself[:, None])
+        else:
+            pair = pair == 0
+        pair = pair & (position < end)[None, :] & takes_part[:, None]
+        word = (numbers_of(s, OWN).to(tl.int64) << 32) | (key_rows.to(tl.int64) ^ LOW)[None, :]
+        bits: tl.constexpr = 10 if SHIFT == 32 or SHIFT == 0 else 11
+        if SHIFT < 53:  # the first digit has none above it
+            above: tl.constexpr = SHIFT + bits
+            pair = pair & ((word >> above) == (least >> above)[:, None])
+        if tl.max(pair.to(tl.int32)) > 0:
+            digit = (word >> SHIFT) & ((1 << bits) - 1)
+            tl.atomic_add(counts + rows[:, None] * BINS + digit, 1, mask=pair, sem="relaxed")
 
 
 @triton.jit
@@ -230,7 +380,8 @@ def order_kernel(
     word = tl.load(candidates + row * CAPACITY + slot, mask=held, other=0)
     word = tl.sort(tl.where(held, word, LEAST), descending=True)
     chosen = slot < tl.minimum(n, N)
-    key = tl.where(chosen, 0xFFFFFFFF - (word & 0xFFFFFFFF), -1)
-    s = tl.where(chosen, similarity_of(word, OWN), 0.0)
+    key = tl.where(chosen, (word & LOW) ^ LOW, -1)
+    s = number_value((word >> 32).to(tl.int32))
+    s = tl.where(chosen, -s if OWN else s, 0.0)
     tl.store(index + row * N + slot, key, mask=slot < N)
     tl.store(similarity + row * N + slot, s, mask=slot < N)

@@ -28,6 +28,20 @@ def load_rows(
 
 
 @triton.jit
+def load_row(
+    matrix,  # [n, D]
+    row,
+    stride,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """One row [BD] as float32, zero behind column D."""
+    columns = tl.arange(0, BD)
+    at = matrix + row.to(tl.int64) * stride + columns
+    return tl.load(at, mask=columns < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def store_block(
     matrix,  # [n, D] without gaps
     block,  # [R, BD]

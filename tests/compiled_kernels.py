@@ -76,17 +76,19 @@ def negatives(generation, dtype, channels, running, by_rows, kind=None) -> tuple
     arguments, constants = of_layout(generation, dtype, channels, launch, by_rows)
     for found in (arguments, constants):
         found.pop("key_order", None)
-    arguments |= {"ends": "*i64", "splits": "i32", "scale": "fp32"}
+    arguments |= {"splits": "i32", "scale": "fp32"}
     arguments |= pointers("bound top total away mean", "*fp32")
     if kind is None:
-        arguments |= pointers("firsts split_tiles", "*i64")
+        arguments |= pointers("firsts n_tiles", "*i64")
     else:
         arguments |= {"least": "*fp16", "last": "*i32"}
+    if kind is not None or "key_blocks" not in arguments:
+        arguments["ends"] = "*i64"
     if kind == "bounded":
         arguments["ceiling"] = "*fp32"
     if running and dtype != torch.float16:
         arguments["flag"] = "*i32"
-    for name in ("firsts", "split_tiles", "least", "last", "ceiling", "flag"):
+    for name in ("firsts", "n_tiles", "ends", "least", "last", "ceiling", "flag"):
         if name not in arguments:
             constants[name] = None
     return contrast.negatives_kernel, arguments, constants | {"RUNNING": running}, launch

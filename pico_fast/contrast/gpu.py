@@ -44,14 +44,14 @@ def _walks(layout: Layout, ends: Tensor | None, running: bool) -> list[tuple]:
     key_blocks = launches.key_blocks(layout, launch)
     splits = launches.splits(layout, launch, triton.cdiv(n, launch.BN))
     if ends is not None:
-        return [({"firsts": None, "ends": ends, "split_tiles": None}, launch, key_blocks, splits)]
+        return [({"firsts": None, "ends": ends, "n_tiles": None}, launch, key_blocks, splits)]
     first, length = layout.ranges.flatten(0, 1).unbind(1)
     if key_blocks is None:
-        return [(launches.tile_list(first, length, n, by_rows.BN, splits), by_rows, None, splits)]
+        return [(launches.tile_list(first, length, n, by_rows.BN), by_rows, None, splits)]
     whole = length // launch.BN * launch.BN
-    tiles = launches.tile_list(first, whole, n, launch.BN, splits)
+    tiles = launches.tile_list(first, whole, n, launch.BN) | {"ends": None}
     few = launches.splits(layout, by_rows, min(len(first), 16))
-    left = launches.tile_list(first + whole, length - whole, n, by_rows.BN, few)
+    left = launches.tile_list(first + whole, length - whole, n, by_rows.BN)
     return [(tiles, launch, key_blocks, splits), (left, by_rows, None, few)]
 
 

@@ -28,7 +28,9 @@ _SLOTS = 2**14
 _FEW = 32
 # slots of a program that draws
 _DRAWS = 128
-_LEAST = torch.iinfo(torch.int64).min
+# words of a row's bits read at a time; values of rows that a program multiplies
+_WORDS, _VALUES = 1024, 8192
+_LEAST = kernels.LEAST.value
 
 
 def takes_sample(ranges: Tensor, names: Tensor, key_order: Tensor | None, wanted: Tensor, *rest) -> bool:
@@ -82,14 +84,17 @@ class _Side:
         self.layout, self.own, self.count = layout, own, count
         n_anchors, device = len(layout.anchors), layout.keys.device
         launch = configs.hardest(layout.keys.dtype, layout.keys.shape[1])
-        tiles = triton.cdiv(launches.n_positions(layout), launch.BN)
+        n = launches.n_positions(layout)
         blocks = triton.cdiv(n_anchors, launch.BM)
-        splits = launches.choose_splits(blocks, launches.gpu(layout.keys.device)[1], min(tiles, 64))
+        processors = launches.gpu(layout.keys.device)[1]
+        splits = launches.choose_splits(blocks, processors, min(triton.cdiv(n, launch.BN), 64))
+        self.tiles = launches.tile_list(*launches.parts(layout), n, launch.BN)
         self.options = {
             **launches.options(layout, launch),
-            **launches.spread(launches.spans(layout), launch.BN, splits),
+            **self.tiles,
             "key_blocks": launches.key_blocks(layout, launch),
             "own_key": layout.own_key if own else None,
+            "splits": splits,
             "OWN": own,
         }
         self.grid = (blocks * splits,)
@@ -98,23 +103,48 @@ class _Side:
         self.available = of_class if own else layout.sizes.sum() - of_class
         # four times as many as wanted: what an estimated threshold lets through hardly ever overflows
         self.capacity = triton.next_power_of_2(max(4 * count, 16))
-        self.found = torch.empty(n_anchors, dtype=torch.int32, device=device)
+        self.found = torch.zeros(n_anchors, dtype=torch.int32, device=device)
         self.candidates = torch.empty(n_anchors, self.capacity, dtype=torch.int64, device=device)
+        n_words = len(self.tiles["firsts"]) * (launch.BN // 32)
+        self.bits = torch.empty(n_anchors, n_words, dtype=torch.int32, device=device)
 
-    def _walk(self, active: Tensor, threshold: Tensor, found: Tensor, **how) -> None:
-        kernels.walk_kernel[self.grid](
-            active=active,
-            threshold=threshold,
-            found=found,
-            capacity=self.capacity,
-            **how,
-            **self.options,
-        )
-
-    def append(self, active: Tensor, threshold: Tensor) -> None:
+    def collect(self, active: Tensor, threshold: Tensor) -> None:
         """Candidates of the active anchors: pairs whose word reaches the threshold [A]."""
-        self.found.masked_fill_(active != 0, 0)
-        self._walk(active, threshold, self.found, candidates=self.candidates, SHIFT=0)
+        layout, n_anchors, n_words = self.layout, *self.bits.shape
+        kernels.hits_kernel[self.grid](
+            active=active, threshold=threshold, bits=self.bits, n_words=n_words, **self.options
+        )
+        kernels.collect_kernel[(n_anchors,)](
+            bits=self.bits,
+            anchor_class=layout.anchor_class,
+            ranges=layout.ranges,
+            key_order=layout.key_order,
+            active=active,
+            candidates=self.candidates,
+            found=self.found,
+            n_anchors=n_anchors,
+            n_words=n_words,
+            capacity=self.capacity,
+            PARTS=layout.ranges.shape[1],
+            BN=self.options["BN"],
+            WORDS=_WORDS,
+            OWN=self.own,
+            **self.tiles,
+        )
+        sizes = launches.sizes(layout.keys)
+        rows = max(4, _VALUES // sizes["BD"])
+        kernels.score_kernel[(n_anchors, triton.cdiv(self.capacity, rows))](
+            queries=layout.anchors,
+            keys=layout.keys,
+            active=active,
+            found=self.found,
+            candidates=self.candidates,
+            capacity=self.capacity,
+            key_stride=layout.keys.stride(0),
+            ROWS=rows,
+            OWN=self.own,
+            **sizes,
+        )
 
     def exact_threshold(self, active: Tensor) -> Tensor:
         """The word [A] of the last key wanted of each active anchor; the least where it has no more."""
@@ -123,7 +153,9 @@ class _Side:
         rank = torch.full_like(word, self.count)
         counts = torch.zeros(len(rank), 2048, dtype=torch.int32, device=rank.device)
         for shift in kernels.DIGITS:
-            self._walk(takes_part, word, counts, candidates=None, SHIFT=shift)
+            kernels.digits_kernel[self.grid](
+                active=takes_part, threshold=word, counts=counts, SHIFT=shift, **self.options
+            )
             kernels.narrow_kernel[(len(rank),)](takes_part, counts, word, rank, SHIFT=shift)
         return word
 
@@ -204,12 +236,12 @@ def hardest(
     side = _Side(layout, own, count)
     used = (layout.anchor_class >= 0).int()
     if own or launches.n_positions(layout) <= _FEW * count:
-        side.append(used, side.exact_threshold(used))
+        side.collect(used, side.exact_threshold(used))
         return *side.ordered(), none
-    side.append(used, torch.where(side.available <= count, _LEAST, _sampled_threshold(side)))
+    side.collect(used, torch.where(side.available <= count, _LEAST, _sampled_threshold(side)))
     misled = (side.found < side.available.clamp(max=count)) | (side.found > side.capacity)
     misled = (misled & (used != 0)).int()
-    side.append(misled, side.exact_threshold(misled))
+    side.collect(misled, side.exact_threshold(misled))
     return *side.ordered(), none
 
 

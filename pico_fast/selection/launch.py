@@ -94,30 +94,13 @@ def splits(layout: Layout, launch: configs.Launch, tiles: int) -> int:
     return choose_splits(blocks, processors, most)
 
 
-def spans(layout: Layout) -> Tensor:
-    """First position and length of what is in use: [n, 2] int64, one after the other."""
-    parts = layout.ranges.flatten(0, 1)
+def parts(layout: Layout) -> tuple[Tensor, Tensor]:
+    """First position and length of what is in use: [n] int64 each, one after the other."""
+    first, length = layout.ranges.flatten(0, 1).unbind(1)
     if layout.key_order is None:
-        return parts
-    # mostly one stretch from 0 on, for which a tile need not end where a class does
-    first, length = parts.unbind(1)
-    behind = length.cumsum(0)
-    stretch = torch.zeros_like(parts)
-    stretch[0, 1] = behind[-1]
-    return torch.where((behind - length == first).all(), stretch, parts)
-
-
-def spread(
-    spans: Tensor,  # [n, 2] int64
-    tile: int,
-    splits: int,
-) -> dict[str, Tensor]:
-    """Spans, and of which tiles each split of them consists: arguments of the kernels."""
-    tiles = ((spans[:, 1] + tile - 1) // tile).cumsum(0)
-    part = torch.arange(splits + 1, device=spans.device)
-    split_tiles = part * tiles[-1] // splits
-    split_span = torch.searchsorted(tiles, split_tiles[:-1], right=True)
-    return {"spans": spans, "tiles": tiles, "split_tiles": split_tiles, "split_span": split_span}
+        return first, length
+    # one stretch from 0 on, in which a tile need not end where a class does
+    return torch.zeros_like(first[:1]), length.sum(0, keepdim=True)
 
 
 def tile_list(
@@ -125,16 +108,15 @@ def tile_list(
     length: Tensor,  # [n] int64
     n_positions: int,
     tile: int,
-    splits: int,
 ) -> dict[str, Tensor]:
-    """The tiles of all parts, and which of them a split has: arguments of the kernels."""
+    """The tiles of all parts, and how many these are: arguments of the kernels."""
     tiles = (length + tile - 1) // tile
     behind = tiles.cumsum(0)
     number = torch.arange(n_positions // tile + len(first), device=first.device)
     part = torch.searchsorted(behind, number, right=True).clamp_(max=len(first) - 1)
     firsts = first.take(part) + (number - (behind - tiles).take(part)) * tile
-    split_tiles = torch.arange(splits + 1, device=first.device) * behind[-1] // splits
-    return {"firsts": firsts, "ends": (first + length).take(part), "split_tiles": split_tiles}
+    ends = torch.minimum(firsts + tile, (first + length).take(part))
+    return {"firsts": firsts, "ends": ends, "n_tiles": behind[-1:]}
 
 
 def _blocks(x: Tensor, n: int) -> TensorDescriptor | None:
