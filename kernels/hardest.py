@@ -151,9 +151,10 @@ def hits_kernel(
     rows = block * BM + tl.arange(0, BM)
     inside = rows < n_anchors
     own_begin, own_end = own_range(anchor_class, ranges, rows, n_anchors, PARTS)
-    takes_part = (own_begin >= 0) & (tl.load(active + rows, mask=inside, other=0) != 0)
-    if tl.max(takes_part.to(tl.int32), 0) == 0:
+    own_end = tl.where(tl.load(active + rows, mask=inside, other=0) != 0, own_end, -1)
+    if tl.max(own_end, 0) < 0:
         return
+    takes_part = own_end >= 0
     begin, n = tiles_of(ends, n_tiles, takes_part, own_begin, own_end, OWN)
     word = tl.load(threshold + rows, mask=inside, other=0)
     least, until = number_value((word >> 32).to(tl.int32))[:, None], ((word & LOW) ^ LOW)[:, None]
@@ -301,9 +302,10 @@ def digits_kernel(
     rows = block * BM + tl.arange(0, BM)
     inside = rows < n_anchors
     own_begin, own_end = own_range(anchor_class, ranges, rows, n_anchors, PARTS)
-    takes_part = (own_begin >= 0) & (tl.load(active + rows, mask=inside, other=0) != 0)
-    if tl.max(takes_part.to(tl.int32), 0) == 0:
+    own_end = tl.where(tl.load(active + rows, mask=inside, other=0) != 0, own_end, -1)
+    if tl.max(own_end, 0) < 0:
         return
+    takes_part = own_end >= 0
     begin, n = tiles_of(ends, n_tiles, takes_part, own_begin, own_end, OWN)
     least = tl.load(threshold + rows, mask=inside, other=0)
     if own_key is not None:

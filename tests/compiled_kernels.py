@@ -178,29 +178,42 @@ def merges(channels) -> tuple:
 
 
 def walks(generation, dtype, channels) -> list[tuple[str, tuple]]:
-    """The walks of `hardest`: appending and counting digits, both sides, in a bank and in batch."""
+    """The walks of `hardest`: bits of hits and counts of digits, both sides, in a bank and in batch."""
     launch = configs.hardest(dtype, channels)
     found = []
-    for own, count, shift in (
-        (False, False, 0),
-        (True, False, 0),
-        (True, True, 53),
-        (False, True, 32),
-    ):
+    for own, shift in ((False, None), (True, None), (True, 53), (False, 32)):
         for gather in (False, True):
             arguments, constants = of_layout(generation, dtype, channels, launch, gather)
-            arguments |= pointers("active found", "*i32") | {"capacity": "i32"}
-            arguments |= pointers("threshold spans tiles split_tiles split_span", "*i64")
-            constants |= {"OWN": own, "SHIFT": shift}
-            for name, used in (("own_key", own and gather), ("candidates", not count)):
-                if used:
-                    arguments[name] = "*i64"
-                else:
-                    constants[name] = None
-            what = "count" if count else "append"
+            arguments |= pointers("threshold firsts ends n_tiles", "*i64")
+            arguments |= {"active": "*i32", "splits": "i32"}
+            constants["OWN"] = own
+            if own and gather:
+                arguments["own_key"] = "*i64"
+            else:
+                constants["own_key"] = None
+            if shift is None:
+                what, kernel = "hits", hardest.hits_kernel
+                arguments |= {"bits": "*i32", "n_words": "i32"}
+            else:
+                what, kernel = "digits", hardest.digits_kernel
+                arguments["counts"], constants["SHIFT"] = "*i32", shift
             side, way = "own" if own else "other", "gather" if gather else "bank"
             name = f"{what} {TYPES[dtype]} {channels} {side} {way}"
-            found.append((name, (hardest.walk_kernel, arguments, constants, launch)))
+            found.append((name, (kernel, arguments, constants, launch)))
+    return found
+
+
+def compaction() -> list[tuple[str, tuple]]:
+    """What makes candidates of bits, each for its dearest case."""
+    arguments = pointers("bits active found", "*i32") | pointers("n_anchors n_words capacity", "i32")
+    arguments |= pointers("anchor_class ranges key_order firsts ends n_tiles candidates", "*i64")
+    constants = {"PARTS": 2, "BN": 64, "WORDS": 1024, "OWN": True}
+    found = [("collect_kernel", (hardest.collect_kernel, arguments, constants, ONE))]
+    arguments = pointers("active found", "*i32") | pointers("capacity key_stride", "i32")
+    arguments |= {"candidates": "*i64"} | pointers("queries keys", "*bf16")
+    for channels in (64, 512):
+        constants = {"D": channels, "BD": channels, "ROWS": 8192 // channels, "OWN": False}
+        found.append((f"score_kernel {channels}", (hardest.score_kernel, arguments, constants, ONE)))
     return found
 
 
@@ -225,6 +238,7 @@ def by_row(generation) -> list[tuple[str, tuple]]:
     launch = configs.Launch(1, 0, configs.order_warps(16384), 1)
     what = (hardest.estimate_kernel, arguments, {"BLOCK": 16384}, launch)
     found.append(("estimate_kernel", what))
+    found += compaction()
     found += [(f"cut_kernel {chunks}", cuts(chunks < 8, chunks)) for chunks in (1, 5, 11, 32)]
     for channels in (256, 1024):
         sizes = {"D": channels, "BD": channels, "ROWS": max(4, min(64, 8192 // channels))}
