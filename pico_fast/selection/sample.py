@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pico_fast import draws
+from pico_fast.selection import ops
 from pico_fast.selection.layout import Layout
-from pico_fast.selection.ops import sample_keys
 from pico_fast.selection.options import Selection
 
 
@@ -24,7 +24,7 @@ def wanted(
         return sizes.clamp(max=need)
     others = (sizes.sum() - sizes.max()).clamp(min=1)
     share = (sizes * need + others - 1) // others
-    return torch.where(others <= need, sizes, torch.minimum(share, sizes))
+    return torch.minimum(share, sizes)
 
 
 def draw_sample(
@@ -47,5 +47,5 @@ def draw_sample(
         capacity = min(n_keys, need + slots + n_classes)
     classes = (layout.ranges, layout.names, layout.key_order, wanted(layout.sizes, need, own))
     stream = draws.POSITIVE if own else draws.NEGATIVE
-    key_order, ranges = sample_keys(*classes, seed, stream, capacity)
+    key_order, ranges = ops.sample_keys(*classes, seed, stream, capacity)
     return layout._replace(key_order=key_order, ranges=ranges)
