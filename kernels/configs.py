@@ -58,6 +58,11 @@ NEGATIVES_WIDE = {
     (100, 2, 512): Launch(32, 16, 8, 2),
 }
 
+# Where the cut of a sample, whose two kernels share their tiles, needs more registers than all keys.
+CUT = {
+    (90, 2, 64): Launch(128, 64, 8, 3),
+}
+
 # The pass over the own class, a small part of the keys: small tiles do for every generation.
 POSITIVES = {
     (2, 64): Launch(32, 32, 8, 2),
@@ -112,8 +117,14 @@ def family(generation: int) -> int:
     return min(max(generation // 10 * 10, 80), 100)
 
 
+def cut(generation: int, dtype: torch.dtype, channels: int) -> Launch:
+    """Settings of similarity_kernel and negatives_kernel with a cut."""
+    row = CUT.get((family(generation), dtype.itemsize, _width(channels)))
+    return negatives(generation, dtype, channels, False, False) if row is None else row
+
+
 def negatives(generation: int, dtype: torch.dtype, channels: int, running: bool, by_rows: bool) -> Launch:
-    """Settings of negatives_kernel."""
+    """Settings of negatives_kernel with all keys."""
     shape = (dtype.itemsize, _width(channels))
     row, first = (family(generation), *shape), (80, *shape)
     # masks of padded channels cost registers as well

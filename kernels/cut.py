@@ -13,13 +13,12 @@ import triton
 import triton.language as tl
 from pico_fast.kernels.rows import (
     INT32_MAX,
-    INTERPRETED,
+    IS_INTERPRETED,
     load_queries,
     load_tile,
     own_range,
 )
 
-IS_INTERPRETED = tl.constexpr(INTERPRETED)
 # keys of a row that a step of the search reads side by side
 LANES = tl.constexpr(2048)
 MOST = tl.constexpr(65504.0)
@@ -29,9 +28,8 @@ MOST = tl.constexpr(65504.0)
 def halves_of(
     hardness,  # float32
 ):
-    """float16 in the same order, finite; of nan inf, the hardest."""
-    held = tl.minimum(tl.maximum(hardness, -MOST), MOST).to(tl.float16)
-    return tl.where(hardness == hardness, held, float("inf"))
+    """float16 in the same order; inf, the hardest, of nan and beyond the range; never -inf."""
+    return tl.where(hardness == hardness, tl.maximum(hardness, -MOST).to(tl.float16), float("inf"))
 
 
 @triton.jit
@@ -75,22 +73,21 @@ def similarity_kernel(
     block, split = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks
     rows = block * BM + tl.arange(0, BM)
     own_begin, own_end = own_range(anchor_class, ranges, rows, n_anchors, PARTS)
-    used = own_end >= 0
-    if tl.max(own_end, 0) < 0:
+    block_end = tl.max(own_end, 0)
+    if block_end < 0:
         return
+    used = own_end >= 0
+    block_begin = tl.min(tl.where(used, own_begin, INT32_MAX), 0)
+    begin, end = 0, tl.load(ends).to(tl.int32)
     if OWN:
         # by contract a class is no longer than that
         own_end = tl.minimum(own_end, own_begin + width)
-        begin = tl.min(tl.where(used, own_begin, INT32_MAX), 0)
-        end = tl.max(own_end, 0)
-    else:
-        begin = 0
-        end = tl.load(ends).to(tl.int32)
+        begin, end = block_begin, block_end
     q = load_queries(queries, query_blocks, block * BM, BM, n_anchors, D, BD)
     if own_key is not None:
         itself = tl.load(own_key + rows, mask=used, other=-1)
     if ceiling is not None:
-        under = tl.load(ceiling + rows, mask=used, other=0.0)[:, None]
+        top = tl.load(ceiling + rows, mask=used, other=0.0)
     most = tl.full([BM], float("-inf"), tl.float32)
     of_row = halves + rows.to(tl.int64)[:, None] * width
     for j in tl.range(split, tl.cdiv(end - begin, BN), splits, num_stages=STAGES):
@@ -99,21 +96,31 @@ def similarity_kernel(
         there = position < end
         k, key_rows = load_tile(keys, key_blocks, key_order, first, position, there, key_stride, D, BD)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32")
-        pair = (position[None, :] >= own_begin[:, None]) & (position[None, :] < own_end[:, None])
         if OWN:
             s = -s
             place = position[None, :] - own_begin[:, None]
-            inside = pair
+            inside = (place >= 0) & (position[None, :] < own_end[:, None])
+            pair = inside
             if own_key is not None:
                 pair = pair & (key_rows[None, :] != itself[:, None])
+            half = tl.where(pair, halves_of(s), float("-inf"))
+            s = tl.where(pair, s, float("-inf"))
         else:
             place = position[None, :]
             inside = used[:, None] & there[None, :]
-            pair = inside & (pair == 0)
-        if ceiling is not None:
-            pair = pair & ((s >= under) == 0)  # nan lies below it, so that it shows
-        most = tl.maximum(most, tl.max(tl.where(pair, s, float("-inf")), 1))
-        tl.store(of_row + place, tl.where(pair, halves_of(s), float("-inf")), mask=inside)
+            half = halves_of(s)
+            if ceiling is not None:
+                under = s >= top[:, None]  # nan lies below it, so that it shows
+                half = tl.where(under, float("-inf"), half)
+                s = tl.where(under, float("-inf"), s)
+            # only the few tiles that touch an own class or the end pay for a mask
+            if (first < block_end) & (first + BN > block_begin) | (first + BN > end):
+                pair = (place < own_begin[:, None]) | (place >= own_end[:, None])
+                pair = pair & there[None, :]
+                half = tl.where(pair, half, float("-inf"))
+                s = tl.where(pair, s, float("-inf"))
+        most = tl.maximum(most, tl.max(s, 1))
+        tl.store(of_row + place, half, mask=inside)
     row = tl.arange(0, BM)
     tl.store(hardest + split * n_anchors + block * BM + row, most, mask=block * BM + row < n_anchors)
 
@@ -145,7 +152,7 @@ def cut_kernel(
     ranges,  # [C, 1, 2] int64
     ends,  # [1] int64, how many keys the sample has
     hardest,  # [splits, A] float32
-    fraction: "fp64",  # of the keys how many count at most
+    fraction: tl.float64,  # of the keys how many count at most
     most,  # the most keys that count
     least,  # [A] float16, out: the half of the last key that counts
     last,  # [A] int32, out: of those that equal it the last place that counts
@@ -179,7 +186,7 @@ def cut_kernel(
         there = count_on(there, half, zero - MOST)
         high = tl.maximum(high, half)
         low = tl.minimum(low, tl.where(half == float("-inf"), float("inf"), half))
-        x = x + (half,)
+        x = (*x, half)
     m = tl.sum(there.to(tl.float32), 0).to(tl.int32)
     wanted = tl.minimum(tl.ceil(m.to(tl.float64) * fraction).to(tl.int64), most).to(tl.int32)
     # the bound lies from `low`, which `enough` keys reach, up to `high`, which at most `wanted` do
@@ -194,7 +201,7 @@ def cut_kernel(
         enough = tl.where(found >= wanted, found, enough)
         low = tl.where(found >= wanted, middle, low)
         high = tl.where(found >= wanted, high, middle)
-        half_way = ((low + high) * 0.5).to(tl.float16).to(tl.float32)
+        half_way = tl.minimum((low + high) * 0.5, MOST).to(tl.float16).to(tl.float32)
         middle = tl.where(half_way < high, half_way, low)
     bound = low.to(tl.float16)
     # too many equal it: those at the end do not count

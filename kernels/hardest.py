@@ -5,7 +5,8 @@ key's row, inverted so that of equal similarities the lower row is the greater w
 anchor all differ, so "the n greatest" is one set, whatever order they are found in.
 
     estimate_kernel  the similarity at a rank of each anchor's in a sample of the keys
-    hits_kernel      anchors x a split of the keys: a bit for each pair whose word reaches the anchor's threshold
+    hits_kernel      anchors x a split of the keys: a bit for each pair, set where its word
+                     reaches the anchor's threshold
     collect_kernel   an anchor: the keys of its bits, which are its candidates
     score_kernel     an anchor x some candidates: their words
     order_kernel     an anchor: its candidates sorted, greatest word first
@@ -108,7 +109,7 @@ def tiles_of(
     own_end,  # [R] int32
     OWN: tl.constexpr,
 ):
-    """The first tile that some anchors walk over, and how many: all, or those that touch their own classes."""
+    """The first tile that anchors walk over, and how many: all, or those that touch own classes."""
     begin = 0
     n = tl.load(n_tiles).to(tl.int32)
     if OWN:
@@ -165,7 +166,8 @@ def hits_kernel(
     for j in tl.range(begin + split * n // splits, begin + (split + 1) * n // splits, num_stages=STAGES):
         first, end = tl.load(firsts + j).to(tl.int32), tl.load(ends + j).to(tl.int32)
         position = first + tl.arange(0, BN)
-        k, key_rows = load_tile(keys, key_blocks, key_order, first, position, position < end, key_stride, D, BD)
+        there = position < end
+        k, key_rows = load_tile(keys, key_blocks, key_order, first, position, there, key_stride, D, BD)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32")
         pair = (position[None, :] >= own_begin[:, None]) & (position[None, :] < own_end[:, None])
         if OWN:
@@ -175,7 +177,7 @@ def hits_kernel(
         else:
             pair = pair == 0
         hit = (s > least) | (s != s) | ((s == least) & (key_rows.to(tl.int64)[None, :] <= until))
-        hit = hit & pair & (position < end)[None, :]
+        hit = hit & pair & there[None, :]
         of_word = tl.reshape(hit.to(tl.int32), [BM, BN // 32, 32]) << tl.arange(0, 32)[None, None, :]
         tl.store(out + j * (BN // 32), tl.sum(of_word, 2), mask=takes_part[:, None])
 
@@ -315,7 +317,8 @@ def digits_kernel(
     for j in tl.range(begin + split * n // splits, begin + (split + 1) * n // splits, num_stages=STAGES):
         first, end = tl.load(firsts + j).to(tl.int32), tl.load(ends + j).to(tl.int32)
         position = first + tl.arange(0, BN)
-        k, key_rows = load_tile(keys, key_blocks, key_order, first, position, position < end, key_stride, D, BD)
+        there = position < end
+        k, key_rows = load_tile(keys, key_blocks, key_order, first, position, there, key_stride, D, BD)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32")
         pair = (position[None, :] >= own_begin[:, None]) & (position[None, :] < own_end[:, None])
         if OWN:
@@ -323,7 +326,7 @@ def digits_kernel(
                 pair = pair & (key_rows[None, :] != itself[:, None])
         else:
             pair = pair == 0
-        pair = pair & (position < end)[None, :] & takes_part[:, None]
+        pair = pair & there[None, :] & takes_part[:, None]
         word = (numbers_of(s, OWN).to(tl.int64) << 32) | (key_rows.to(tl.int64) ^ LOW)[None, :]
         bits: tl.constexpr = 10 if SHIFT == 32 or SHIFT == 0 else 11
         if SHIFT < 53:  # the first digit has none above it

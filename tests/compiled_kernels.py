@@ -73,6 +73,8 @@ def of_layout(generation, dtype, channels, launch, gather) -> tuple[dict, dict]:
 def negatives(generation, dtype, channels, running, by_rows, kind=None) -> tuple:
     """The negatives of all keys, or between their bounds: kind "cut" or "bounded"."""
     launch = configs.negatives(generation, dtype, channels, running, by_rows)
+    if kind is not None:
+        launch = configs.cut(generation, dtype, channels)
     arguments, constants = of_layout(generation, dtype, channels, launch, by_rows)
     for found in (arguments, constants):
         found.pop("key_order", None)
@@ -97,7 +99,7 @@ def negatives(generation, dtype, channels, running, by_rows, kind=None) -> tuple
 def similarity(generation, dtype, channels, own) -> tuple:
     launch = configs.positives(dtype, channels)
     if not own:
-        launch = configs.negatives(generation, dtype, channels, False, False)
+        launch = configs.cut(generation, dtype, channels)
     arguments, constants = of_layout(generation, dtype, channels, launch, own)
     arguments |= {"ends": "*i64", "halves": "*fp16", "hardest": "*fp32"} | pointers("width splits", "i32")
     constants |= {"OWN": own, "PARTS": 1, "own_key": None}

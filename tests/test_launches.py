@@ -17,12 +17,13 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: bench/gpu.sh counts"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
-# ops that launch nothing, and what the tests themselves do: fresh memory is poisoned, tensors go to the host
-NOTHING = set(
-    "alias as_strided copy_ detach fill_ empty empty_like empty_strided expand flatten narrow new_empty permute reshape"
-    " scalar_tensor select set_ slice split split_with_sizes squeeze t transpose unbind unsqueeze view _unsafe_view"
-    " resize_".split()
-)
+# ops that launch nothing, and what is done here alone: fresh memory is poisoned, tensors go to the host
+NOTHING = {
+    *("alias", "as_strided", "copy_", "detach", "empty", "empty_like", "empty_strided", "expand", "fill_"),
+    *("flatten", "narrow", "new_empty", "permute", "reshape", "resize_", "scalar_tensor", "select", "set_"),
+    *("slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view"),
+    "_unsafe_view",
+}
 # kernels of the contrast with its samples; ops of PyTorch
 SUMS = {"gather_kernel": 1, "negatives_kernel": 1, "merge_kernel": 1, "positives_kernel": 1}
 CUT = {"similarity_kernel": 1, "cut_kernel": 1}

@@ -1,12 +1,14 @@
-"""Contrast on an NVIDIA GPU, with all keys or a cut: launching `pico_fast.kernels.contrast` and `.merge`."""
+"""Contrast on an NVIDIA GPU: launching `pico_fast.kernels.contrast` and `.merge`."""
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pico_fast.contrast.weights import Negatives, Positives
 from pico_fast.kernels import configs, contrast, merge
@@ -31,28 +33,48 @@ def takes_keys_grad(layout: Layout, cut: Cut, *_) -> bool:
     return launches.takes(layout) and cut.is_none
 
 
-def _walks(layout: Layout, ends: Tensor | None, running: bool) -> list[tuple]:
-    """What launches over all positions in use: their tiles, settings, keys for the copy engine, and splits.
+class _Walk(NamedTuple):
+    """A launch of negatives_kernel: some tiles, and into how many parts they are cut."""
 
-    A sample takes one. A bank takes one for whole tiles of the copy engine and one for what is left: a tile
-    of it brings rows behind the end of a part along, and in a bank these may hold anything: multiplied by 0
-    as well, nan stays nan.
+    tiles: dict[str, Tensor | None]  # firsts, ends, n_tiles
+    launch: configs.Launch
+    key_blocks: TensorDescriptor | None
+    splits: int
+
+
+def _whole_walk(layout: Layout, ends: Tensor, launch: configs.Launch) -> _Walk:
+    """Over keys one after the other, `ends` of them."""
+    splits = launches.splits(layout, launch, triton.cdiv(len(layout.keys), launch.BN))
+    tiles = {"firsts": None, "ends": ends, "n_tiles": None}
+    return _Walk(tiles, launch, launches.key_blocks(layout, launch), splits)
+
+
+def _walks(layout: Layout, ends: Tensor | None, running: bool) -> list[_Walk]:
+    """Over all keys in use.
+
+    A bank takes a walk over whole tiles of the copy engine and one over what is left: a tile of it brings
+    rows behind the end of a part along, and in a bank these may hold anything: multiplied by 0 as well, nan
+    stays nan.
     """
-    keys, n = layout.keys, layout.keys.shape[0]
-    found = (launches.gpu(keys.device)[0], keys.dtype, keys.shape[1], running)
-    launch, by_rows = (configs.negatives(*found, way) for way in (False, True))
-    key_blocks = launches.key_blocks(layout, launch)
-    splits = launches.splits(layout, launch, triton.cdiv(n, launch.BN))
+    keys, n = layout.keys, len(layout.keys)
+    generation = launches.gpu(keys.device)[0]
+    launch, by_rows = (
+        configs.negatives(generation, keys.dtype, keys.shape[1], running, way) for way in (False, True)
+    )
     if ends is not None:
-        return [({"firsts": None, "ends": ends, "n_tiles": None}, launch, key_blocks, splits)]
-    first, length = layout.ranges.flatten(0, 1).unbind(1)
-    if key_blocks is None:
-        return [(launches.tile_list(first, length, n, by_rows.BN), by_rows, None, splits)]
-    whole = length // launch.BN * launch.BN
-    tiles = launches.tile_list(first, whole, n, launch.BN) | {"ends": None}
-    few = launches.splits(layout, by_rows, min(len(first), 16))
+        return [_whole_walk(layout, ends, launch)]
+    first, length = launches.parts(layout)
+    key_blocks = launches.key_blocks(layout, launch)
+    whole = torch.zeros_like(length) if key_blocks is None else length // launch.BN * launch.BN
+    few = n if key_blocks is None else by_rows.BN * min(len(first), 16)
+    splits = launches.splits(layout, by_rows, triton.cdiv(few, by_rows.BN))
     left = launches.tile_list(first + whole, length - whole, n, by_rows.BN)
-    return [(tiles, launch, key_blocks, splits), (left, by_rows, None, few)]
+    walks = [_Walk(left, by_rows, None, splits)]
+    if key_blocks is not None:
+        tiles = launches.tile_list(first, whole, n, launch.BN) | {"ends": None}
+        splits = launches.splits(layout, launch, triton.cdiv(n, launch.BN))
+        walks.append(_Walk(tiles, launch, key_blocks, splits))
+    return walks
 
 
 def negatives(layout: Layout, cut: Cut, temperature: float, want_mean: bool) -> Negatives:
@@ -61,58 +83,75 @@ def negatives(layout: Layout, cut: Cut, temperature: float, want_mean: bool) -> 
     if layout.key_order is not None:
         layout, ends = bounding.gathered(layout)
     anchors, scale = layout.anchors, math.log2(math.e) / temperature
-    n_anchors, channels = anchors.shape
     new = functools.partial(torch.empty, device=anchors.device)
-    out = {"lse": new(n_anchors), "away": new(n_anchors)}
-    out["mean"] = new(n_anchors, channels) if want_mean else None
-    flag, below, between, passes = None, new(0, dtype=torch.int64), {"least": None, "last": None}, (True,)
+    out = {"lse": new(len(anchors)), "away": new(len(anchors))}
+    out["mean"] = new(anchors.shape) if want_mean else None
+    below = new(0, dtype=torch.int64)
     if not cut.is_none:
-        # with a cut the greatest exponent is known
-        launch, passes = _walks(layout, ends, False)[0][1], (False,)
-        least, last, bound, pairs = bounding.bounds(layout, cut, False, ends, launch, scale)
-        between, below = {"least": least, "last": last}, below if cut.ceiling is None else pairs
+        launch = configs.cut(launches.gpu(anchors.device)[0], layout.keys.dtype, anchors.shape[1])
+        bounds = bounding.bounds(layout, cut, False, ends, launch, scale)
+        walks = [_whole_walk(layout, ends, launch)]
+        # the greatest exponent is known
+        _sum(layout, walks, False, bounds.shift, None, scale, out, bounds, cut.ceiling)
+        below = below if cut.ceiling is None else bounds.pairs
     else:
         # inner products with unit keys are at most this; longer ones raise the flag
         bound = torch.linalg.vector_norm(anchors, dim=1, dtype=torch.float32) * scale
         # at first with a fixed shift; again with the running maximum, which does nothing unless flagged;
         # float16 has too few exponents for a fixed one
-        if layout.keys.dtype != torch.float16:
-            flag, passes = torch.zeros(1, dtype=torch.int32, device=anchors.device), (False, True)
-    for running in passes:
-        walks = _walks(layout, ends, running)
-        every = sum(splits for *_, splits in walks)
-        parts = {name: new(every, n_anchors) for name in ("top", "total", "away")}
-        parts["mean"] = new(every, n_anchors, channels) if want_mean else None
-        first = 0
-        for tiles, launch, key_blocks, splits in walks:
-            here = slice(first, first + splits)
-            first += splits
-            contrast.negatives_kernel[(triton.cdiv(n_anchors, launch.BM) * splits,)](
-                key_blocks=key_blocks,
-                bound=bound,
-                ceiling=cut.ceiling,
-                flag=flag if running else None,
-                splits=splits,
-                scale=scale,
-                RUNNING=running,
-                **tiles,
-                **between,
-                **{name: x if x is None else x[here] for name, x in parts.items()},
-                **_without(launches.options(layout, launch), "key_order"),
-            )
-        merge.merge_kernel[(triton.cdiv(n_anchors, configs.MERGE.BM),)](
-            anchor_class=layout.anchor_class,
-            flag=flag,
-            n_anchors=n_anchors,
-            splits=every,
-            BR=configs.MERGE.BM,
-            RUNNING=running or flag is None,
-            num_warps=configs.MERGE.num_warps,
-            **{f"{name}_parts": x for name, x in parts.items()},
-            **out,
-            **launches.sizes(anchors),
-        )
+        fixed = layout.keys.dtype != torch.float16
+        flag = torch.zeros(1, dtype=torch.int32, device=anchors.device) if fixed else None
+        for running in (False, True) if fixed else (True,):
+            _sum(layout, _walks(layout, ends, running), running, bound, flag, scale, out)
     return Negatives(out["lse"], new(0) if out["mean"] is None else out["mean"], out["away"], below)
+
+
+def _sum(
+    layout: Layout,
+    walks: list[_Walk],
+    running: bool,
+    bound: Tensor,  # [A], exponents are shifted by it
+    flag: Tensor | None,  # [1] int32, raised where sums are not to be trusted
+    scale: float,
+    out: dict[str, Tensor | None],
+    bounds: bounding.Bounds | None = None,
+    ceiling: Tensor | None = None,  # [A]
+) -> None:
+    """Sums over the negatives, by splits, which are then added up."""
+    n_anchors, every = len(layout.anchors), sum(walk.splits for walk in walks)
+    parts = {name: torch.empty(every, n_anchors, device=bound.device) for name in ("top", "total", "away")}
+    mean = out["mean"]
+    parts["mean"] = mean if mean is None else mean.new_empty(every, *mean.shape)
+    first = 0
+    for tiles, launch, key_blocks, splits in walks:
+        here = slice(first, first + splits)
+        first += splits
+        contrast.negatives_kernel[(triton.cdiv(n_anchors, launch.BM) * splits,)](
+            key_blocks=key_blocks,
+            bound=bound,
+            least=None if bounds is None else bounds.least,
+            last=None if bounds is None else bounds.last,
+            ceiling=ceiling,
+            flag=flag if running else None,
+            splits=splits,
+            scale=scale,
+            RUNNING=running,
+            **tiles,
+            **{name: x if x is None else x[here] for name, x in parts.items()},
+            **_without(launches.options(layout, launch), "key_order"),
+        )
+    merge.merge_kernel[(triton.cdiv(n_anchors, configs.MERGE.BM),)](
+        anchor_class=layout.anchor_class,
+        flag=flag,
+        n_anchors=n_anchors,
+        splits=every,
+        BR=configs.MERGE.BM,
+        RUNNING=running or flag is None,
+        num_warps=configs.MERGE.num_warps,
+        **{f"{name}_parts": x for name, x in parts.items()},
+        **out,
+        **launches.sizes(layout.anchors),
+    )
 
 
 def _without(options: dict, *names: str) -> dict:

@@ -1,6 +1,6 @@
 """The bounds of a cut on an NVIDIA GPU: launching `pico_fast.kernels.cut`.
 
-Similarities of all anchors with a sample are there once, as halves; for the default 42 MB a thousand anchors.
+Similarities of all anchors with a sample are there once, as halves: 42 MB for 1024 anchors at the default.
 """
 
 import functools
@@ -74,7 +74,9 @@ def bounds(
     for first in range(0, n_anchors, at_a_time):
         rows = slice(first, first + at_a_time)
         anchors, anchor_class, *rest, own_key = layout.tensors
-        part = Layout(anchors[rows], anchor_class[rows], *rest, own_key if own_key is None else own_key[rows])
+        part = Layout(
+            anchors[rows], anchor_class[rows], *rest, own_key if own_key is None else own_key[rows]
+        )
         _bounds_of(part, ends, cut.of(rows), own, launch, scale, width, Bounds(*(x[rows] for x in found)))
     return found
 

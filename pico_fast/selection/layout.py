@@ -49,7 +49,7 @@ class Layout(NamedTuple):
     anchors: Tensor  # [A, D], 0 in empty slots
     anchor_class: Tensor  # [A] int64 row of `ranges`, ascending; -1 in empty slots, which come last
     keys: Tensor  # [K, D] as they lie
-    # [W] int64, the key at each position, all parts then one after the other; None: positions are rows of keys
+    # [W] int64, the key at each position; parts then follow one another. None: positions are rows of keys
     key_order: Tensor | None
     ranges: Tensor  # [C, G, 2] int64, first position and length of each part of each class
     own_key: Tensor | None  # [A] int64, in batch: the key that an anchor is itself
