@@ -55,10 +55,10 @@ def similarity_kernel(
     key_order,  # [W] int64, or None
     own_key,  # [A] int64, the key that an anchor is itself; or None
     ceiling,  # [A] float32, only less similar keys are pairs; or None
-    halves,  # [A, width] float16, out: hardness of the keys at each place, -inf where a pair is none
+    halves,  # [A, *] float16, out: hardness of the keys at each place, -inf where a pair is none
     hardest,  # [splits, A] float32, out: that of the hardest
     n_anchors,
-    width,
+    half_stride,  # a multiple of BN
     splits,
     key_stride,
     PARTS: tl.constexpr,
@@ -81,7 +81,7 @@ def similarity_kernel(
     begin, end = 0, tl.load(ends).to(tl.int32)
     if OWN:
         # by contract a class is no longer than that
-        own_end = tl.minimum(own_end, own_begin + width)
+        own_end = tl.minimum(own_end, own_begin + half_stride)
         begin, end = block_begin, block_end
     q = load_queries(queries, query_blocks, block * BM, BM, n_anchors, D, BD)
     if own_key is not None:
@@ -89,7 +89,7 @@ def similarity_kernel(
     if ceiling is not None:
         top = tl.load(ceiling + rows, mask=used, other=0.0)
     most = tl.full([BM], float("-inf"), tl.float32)
-    of_row = halves + rows.to(tl.int64)[:, None] * width
+    of_row = halves + rows.to(tl.int64)[:, None] * half_stride
     for j in tl.range(split, tl.cdiv(end - begin, BN), splits, num_stages=STAGES):
         first = begin + j * BN
         position = first + tl.arange(0, BN)
@@ -107,7 +107,7 @@ def similarity_kernel(
             s = tl.where(pair, s, float("-inf"))
         else:
             place = position[None, :]
-            inside = used[:, None] & there[None, :]
+            inside = used[:, None]
             half = halves_of(s)
             if ceiling is not None:
                 under = s >= top[:, None]  # nan lies below it, so that it shows
@@ -129,16 +129,18 @@ def similarity_kernel(
 def count_on(
     count,  # [LANES] float16
     half,  # [LANES] float16
-    least,  # [LANES] float16
+    value,  # [LANES] float16
+    EQUAL: tl.constexpr,
 ):
-    """count + (half >= least): on a GPU two instructions for two keys."""
+    """count + (half >= value), or count + (half == value): on a GPU two instructions for two keys."""
     if IS_INTERPRETED:
-        return count + (half >= least).to(tl.float16)
+        return count + ((half == value) if EQUAL else (half >= value)).to(tl.float16)
     else:
+        how: tl.constexpr = "eq" if EQUAL else "ge"
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; set.ge.f16x2.f16x2 t, $2, $3; add.f16x2 $0, $1, t; }",
+            "{ .reg .b32 t; set." + how + ".f16x2.f16x2 t, $2, $3; add.f16x2 $0, $1, t; }",
             "=r,r,r,r",
-            [count, half, least],
+            [count, half, value],
             dtype=tl.float16,
             is_pure=True,
             pack=2,
@@ -146,8 +148,16 @@ def count_on(
 
 
 @triton.jit
+def total(
+    count,  # [LANES] float16
+):
+    """The sum of counts, exact."""
+    return tl.sum(count.to(tl.float32), 0).to(tl.int32)
+
+
+@triton.jit
 def cut_kernel(
-    halves,  # [A, width] float16
+    halves,  # [A, *] float16
     anchor_class,  # [A] int64
     ranges,  # [C, 1, 2] int64
     ends,  # [1] int64, how many keys the sample has
@@ -159,7 +169,7 @@ def cut_kernel(
     shift,  # [A] float32, out: `scale` times the hardness of the hardest key
     pairs,  # [A] int64, out: how many keys are pairs
     n_anchors,
-    width,
+    half_stride,
     splits,
     scale,
     CHUNKS: tl.constexpr,  # of LANES, which hold a row
@@ -171,9 +181,10 @@ def cut_kernel(
     n = 0
     if of >= 0:
         if OWN:
-            n = tl.minimum(tl.load(ranges + 2 * of + 1).to(tl.int32), width)
+            n = tl.minimum(tl.load(ranges + 2 * of + 1).to(tl.int32), half_stride)
         else:
             n = tl.load(ends).to(tl.int32)
+    upto = (n + 7) // 8 * 8
     lane = tl.arange(0, LANES)
     zero = tl.zeros([LANES], tl.float16)
     x = ()
@@ -182,12 +193,15 @@ def cut_kernel(
     there = zero
     for i in tl.static_range(CHUNKS):
         place = i * LANES + lane
-        half = tl.load(halves + row * width + place, mask=place < n, other=float("-inf"))
-        there = count_on(there, half, zero - MOST)
+        # whole vectors; behind the sample's last key its tile ends with -inf
+        half = tl.load(halves + row * half_stride + place, mask=place < upto, other=float("-inf"))
+        if OWN:
+            half = tl.where(place < n, half, float("-inf"))
+        there = count_on(there, half, zero - MOST, False)
         high = tl.maximum(high, half)
         low = tl.minimum(low, tl.where(half == float("-inf"), float("inf"), half))
-        x = (*x, half)
-    m = tl.sum(there.to(tl.float32), 0).to(tl.int32)
+        x = x + (half,)  # noqa: RUF005 (Triton knows no star)
+    m = total(there)
     wanted = tl.minimum(tl.ceil(m.to(tl.float64) * fraction).to(tl.int64), most).to(tl.int32)
     # the bound lies from `low`, which `enough` keys reach, up to `high`, which at most `wanted` do
     low, high = tl.min(low.to(tl.float32), 0), tl.max(high.to(tl.float32), 0)
@@ -196,28 +210,30 @@ def cut_kernel(
         pivot = zero + middle.to(tl.float16)
         count = zero
         for i in tl.static_range(CHUNKS):
-            count = count_on(count, x[i], pivot)
-        found = tl.sum(count.to(tl.float32), 0).to(tl.int32)
+            count = count_on(count, x[i], pivot, False)
+        found = total(count)
         enough = tl.where(found >= wanted, found, enough)
         low = tl.where(found >= wanted, middle, low)
         high = tl.where(found >= wanted, high, middle)
         half_way = tl.minimum((low + high) * 0.5, MOST).to(tl.float16).to(tl.float32)
         middle = tl.where(half_way < high, half_way, low)
     bound = low.to(tl.float16)
-    # too many equal it: those at the end do not count
-    chunk = tl.zeros([LANES], tl.int32)
-    start, keep, spare = 0, 0, enough - wanted
-    for i in tl.static_range(CHUNKS - 1, -1, -1):
-        equal = (x[i] == bound).to(tl.int32)
-        n_equal = tl.sum(equal, 0)
-        here = (spare >= 0) & (spare < n_equal)
-        chunk = tl.where(here, equal, chunk)
-        start = tl.where(here, i * LANES, start)
-        keep = tl.where(here, n_equal - spare, keep)
-        spare = tl.where(here, -1, spare - n_equal)
-    at = tl.where((chunk != 0) & (tl.cumsum(chunk, 0) == keep), lane, -1)
+    # of those that equal it the last ones are too many: first the chunk with the last that counts
+    spare, chunk = enough - wanted, 0
+    for k in tl.static_range(5):
+        if 16 >> k < CHUNKS:
+            later, count = chunk + (16 >> k), zero
+            for i in tl.static_range(CHUNKS):
+                count = count_on(count, x[i], zero + tl.where(i >= later, bound, float("nan")), True)
+            chunk = tl.where(total(count) > spare, later, chunk)
+    count, equal = zero, zero
+    for i in tl.static_range(CHUNKS):
+        count = count_on(count, x[i], zero + tl.where(i >= chunk, bound, float("nan")), True)
+        equal = count_on(equal, x[i], zero + tl.where(i == chunk, bound, float("nan")), True)
+    keep, equal = total(count) - spare, equal.to(tl.int32)
+    at = tl.where((equal != 0) & (tl.cumsum(equal, 0) == keep), chunk * LANES + lane, -1)
     tl.store(least + row, bound)
-    tl.store(last + row, start + tl.max(at, 0))
+    tl.store(last + row, tl.max(at, 0))
     tl.store(pairs + row, m.to(tl.int64))
     split = tl.arange(0, SPLITS)
     top = tl.max(tl.load(hardest + split * n_anchors + row, mask=split < splits, other=float("-inf")), 0)

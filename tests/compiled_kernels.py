@@ -101,7 +101,7 @@ def similarity(generation, dtype, channels, own) -> tuple:
     if not own:
         launch = configs.cut(generation, dtype, channels)
     arguments, constants = of_layout(generation, dtype, channels, launch, own)
-    arguments |= {"ends": "*i64", "halves": "*fp16", "hardest": "*fp32"} | pointers("width splits", "i32")
+    arguments |= {"ends": "*i64", "halves": "*fp16", "hardest": "*fp32"} | pointers("half_stride splits", "i32")
     constants |= {"OWN": own, "PARTS": 1, "own_key": None}
     if own:
         constants["ceiling"] = None
@@ -115,7 +115,7 @@ def cuts(own, chunks) -> tuple:
         **pointers("anchor_class ranges ends pairs", "*i64"),
         **pointers("hardest shift", "*fp32"),
         **pointers("halves least", "*fp16"),
-        **pointers("n_anchors width splits", "i32"),
+        **pointers("n_anchors half_stride splits", "i32"),
         "last": "*i32",
         "fraction": "fp64",
         "most": "i32",

@@ -34,7 +34,7 @@ def cut_rows(rows, fraction, most, own=False):
     )
     hardest = rows.float().amax(1).unsqueeze(0).contiguous()
     kernels.cut_kernel[(n,)](
-        halves=rows,
+        halves=torch.nn.functional.pad(rows, (0, -width % 128), value=-math.inf),
         anchor_class=torch.zeros(n, dtype=torch.int64, device=DEVICE),
         ranges=torch.tensor([[[0, width]]], device=DEVICE),
         ends=torch.tensor(width, device=DEVICE),
@@ -42,10 +42,10 @@ def cut_rows(rows, fraction, most, own=False):
         fraction=fraction,
         most=most,
         n_anchors=n,
-        width=width,
+        half_stride=width + -width % 128,
         splits=1,
         scale=2.0,
-        CHUNKS=-(-width // kernels.LANES.value),
+        CHUNKS=width // kernels.LANES.value + 1,
         SPLITS=64,
         OWN=own,
         num_warps=16,

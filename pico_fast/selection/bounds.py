@@ -20,8 +20,8 @@ from pico_fast.selection.layout import Cut, Layout
 MOST_WIDTH = 2**16
 # halves that may be there at a time; parts of a row that similarity_kernel is cut into
 _BLOCK, _SPLITS = 2**27, 64
-# rows of a program that gathers them
-_ROWS = 16
+# rows of a program that gathers them; a row of halves has a multiple of that, whole tiles and vectors
+_ROWS, _ALIGNED = 16, 128
 
 
 class Bounds(NamedTuple):
@@ -97,11 +97,12 @@ def _bounds_of(
     tiles = triton.cdiv(launches.n_positions(layout), launch.BN)
     processors = launches.gpu(device)[1] * 8 // launch.num_warps
     splits = launches.choose_splits(blocks, processors, min(tiles, _SPLITS))
+    stride = triton.cdiv(width, _ALIGNED) * _ALIGNED
     shared = {
         "ends": ends,
-        "halves": torch.empty(n_anchors, width, device=device, dtype=torch.float16),
+        "halves": torch.empty(n_anchors, stride, device=device, dtype=torch.float16),
         "hardest": torch.empty(splits, n_anchors, device=device),
-        "width": width,
+        "half_stride": stride,
         "splits": splits,
         "OWN": own,
     }
@@ -119,7 +120,7 @@ def _bounds_of(
         most=cut.count,
         n_anchors=n_anchors,
         scale=scale,
-        CHUNKS=triton.cdiv(width, kernels.LANES.value),
+        CHUNKS=triton.cdiv(stride, kernels.LANES.value),
         SPLITS=_SPLITS,
         num_warps=configs.CUT_WARPS,
         **shared,
