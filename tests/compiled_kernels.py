@@ -12,7 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 import offline
 import torch
 import triton.language as tl
-from pico_fast.kernels import configs, contrast, cut, hardest, merge, synthesis
+from triton.experimental.gluon import language as gl
+from pico_fast.kernels import all_keys, configs, contrast, cut, hardest, merge, synthesis
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # each row of the tables, and for bfloat16 sizes that are no power of two
@@ -101,7 +102,9 @@ def similarity(generation, dtype, channels, own) -> tuple:
     if not own:
         launch = configs.cut(generation, dtype, channels)
     arguments, constants = of_layout(generation, dtype, channels, launch, own)
-    arguments |= {"ends": "*i64", "halves": "*fp16", "hardest": "*fp32"} | pointers("half_stride splits", "i32")
+    arguments |= {"ends": "*i64", "halves": "*fp16", "hardest": "*fp32"} | pointers(
+        "half_stride splits", "i32"
+    )
     constants |= {"OWN": own, "PARTS": 1, "own_key": None}
     if own:
         constants["ceiling"] = None
@@ -123,6 +126,21 @@ def cuts(own, chunks) -> tuple:
     }
     launch = configs.Launch(1, 0, configs.CUT_WARPS, 1)
     return cut.cut_kernel, arguments, {"CHUNKS": chunks, "SPLITS": 64, "OWN": own}, launch
+
+
+def hopper() -> tuple:
+    """The negatives of a bank in Gluon."""
+    launch = configs.ALL_KEYS
+    form = gl.NVMMASharedLayout.get_default_for([64, 256], gl.bfloat16)
+    arguments = {
+        **pointers("query_blocks key_blocks", f"tensordesc<bf16[64, 256],{form!r}>"),
+        **pointers("bound top total away mean", "*fp32"),
+        **pointers("anchor_class ranges firsts n_tiles", "*i64"),
+        **pointers("n_anchors splits", "i32"),
+        "scale": "fp32",
+    }
+    sizes = {"PARTS": 2, "D": 256, "BM": launch.BM // 2, "BN": launch.BN, "STAGES": launch.stages}
+    return all_keys.all_keys_kernel, arguments, sizes, launch
 
 
 def positives(generation, dtype, channels, gather, in_batch, is_cut=False) -> tuple:
@@ -240,6 +258,8 @@ def by_row(generation) -> list[tuple[str, tuple]]:
     launch = configs.Launch(1, 0, configs.order_warps(16384), 1)
     what = (hardest.estimate_kernel, arguments, {"BLOCK": 16384}, launch)
     found.append(("estimate_kernel", what))
+    if generation == 90:
+        found.append(("all_keys bf16 256", hopper()))
     found += compaction()
     found += [(f"cut_kernel {chunks}", cuts(chunks < 8, chunks)) for chunks in (1, 5, 11, 32)]
     for channels in (256, 1024):

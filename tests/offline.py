@@ -13,6 +13,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # shared memory that one block can have, and the names of the matrix instructions
@@ -31,7 +32,8 @@ def report(kernel, arguments: dict[str, str], constants: dict, generation: int, 
     values = {(names.index(name),): value for name, value in constants.items()}
     even = [n for n, kind in arguments.items() if kind[0] == "*" or n.endswith("_stride")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = kind(kernel, signature, values, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options or None)
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")

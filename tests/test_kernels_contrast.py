@@ -144,6 +144,29 @@ def test_without_a_copy_engine(monkeypatch):
     check(scenes.layout("bank", 40, 24, 4, 90), torch.float32, 0.1)
 
 
+def test_hopper_gets_what_its_kernel_asks_for(monkeypatch):
+    """Gluon cannot be interpreted: here only that the switch leads there, with its own arguments."""
+    asked, names = [], gpu.all_keys.all_keys_kernel.arg_names
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **found: asked.append((grid, found))
+
+    monkeypatch.setattr(gpu.all_keys, "all_keys_kernel", Kernel())
+    of = scenes.layout("full bank", 200, 256, 3, 90)
+    of = of._replace(keys=of.keys.bfloat16())
+    monkeypatch.setattr(launch, "tile_dtype", lambda dtype: dtype)
+    for switch in (False, True):
+        monkeypatch.setattr(gpu.configs, "USE_ALL_KEYS", switch)
+        walks = gpu._walks(launch.dense(of), None, True, False)
+        assert len(walks) == 2 and (walks[1].launch is gpu.configs.ALL_KEYS) == switch
+    parts = dict.fromkeys(("top", "total", "away", "mean"), torch.empty(0))
+    gpu._sum_all_keys(launch.dense(of), walks[1], torch.empty(200), 1.0, parts)
+    ((blocks,), found), *_ = asked
+    assert blocks == 2 * walks[1].splits and set(found) == {*names, "num_warps"}
+    assert found["query_blocks"].block_shape == [64, 256] and found["STAGES"] == 4
+
+
 def test_what_the_kernels_are_not_for():
     def takes(anchors, keys, cut=ALL, key_order=None):
         ranges = torch.zeros(3, 1, 2, dtype=torch.int64)

@@ -67,9 +67,7 @@ def rows_of(kind, n, width, g):
     return rows.to(DEVICE)
 
 
-@pytest.mark.parametrize(
-    ("fraction", "most"), [(0.1, 10**6), (0.1, 3), (1.0, 2**62), (0.013, 9)]
-)
+@pytest.mark.parametrize(("fraction", "most"), [(0.1, 10**6), (0.1, 3), (1.0, 2**62), (0.013, 9)])
 @pytest.mark.parametrize("kind", ("random", "ties", "equal", "few", "long"))
 def test_the_cut_is_that_of_a_sort(kind, fraction, most):
     g = torch.Generator().manual_seed(len(kind) + most % 7)

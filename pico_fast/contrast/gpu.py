@@ -8,10 +8,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia import hopper as gluon_hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pico_fast.contrast.weights import Negatives, Positives
-from pico_fast.kernels import configs, contrast, merge
+from pico_fast.kernels import all_keys, configs, contrast, merge
 from pico_fast.selection import bounds as bounding
 from pico_fast.selection import launch as launches
 from pico_fast.selection.eager import class_of_positions
@@ -49,7 +51,7 @@ def _whole_walk(layout: Layout, ends: Tensor, launch: configs.Launch) -> _Walk:
     return _Walk(tiles, launch, launches.key_blocks(layout, launch), splits)
 
 
-def _walks(layout: Layout, ends: Tensor | None, running: bool) -> list[_Walk]:
+def _walks(layout: Layout, ends: Tensor | None, want_mean: bool, running: bool) -> list[_Walk]:
     """Over all keys in use.
 
     A bank takes a walk over whole tiles of the copy engine and one over what is left: a tile of it brings
@@ -65,6 +67,9 @@ def _walks(layout: Layout, ends: Tensor | None, running: bool) -> list[_Walk]:
         return [_whole_walk(layout, ends, launch)]
     first, length = launches.parts(layout)
     key_blocks = launches.key_blocks(layout, launch)
+    is_usual = generation == 90 and keys.dtype == torch.bfloat16 and keys.shape[1] == 256
+    if configs.USE_ALL_KEYS and is_usual and want_mean and not running and key_blocks is not None:
+        launch = configs.ALL_KEYS
     whole = torch.zeros_like(length) if key_blocks is None else length // launch.BN * launch.BN
     few = n if key_blocks is None else by_rows.BN * min(len(first), 16)
     splits = launches.splits(layout, by_rows, triton.cdiv(few, by_rows.BN))
@@ -102,7 +107,7 @@ def negatives(layout: Layout, cut: Cut, temperature: float, want_mean: bool) -> 
         fixed = layout.keys.dtype != torch.float16
         flag = torch.zeros(1, dtype=torch.int32, device=anchors.device) if fixed else None
         for running in (False, True) if fixed else (True,):
-            _sum(layout, _walks(layout, ends, running), running, bound, flag, scale, out)
+            _sum(layout, _walks(layout, ends, want_mean, running), running, bound, flag, scale, out)
     return Negatives(out["lse"], new(0) if out["mean"] is None else out["mean"], out["away"], below)
 
 
@@ -123,9 +128,13 @@ def _sum(
     mean = out["mean"]
     parts["mean"] = mean if mean is None else mean.new_empty(every, *mean.shape)
     first = 0
-    for tiles, launch, key_blocks, splits in walks:
+    for walk in walks:
+        tiles, launch, key_blocks, splits = walk
         here = slice(first, first + splits)
         first += splits
+        if launch is configs.ALL_KEYS:
+            _sum_all_keys(layout, walk, bound, scale, {name: x[here] for name, x in parts.items()})
+            continue
         contrast.negatives_kernel[(triton.cdiv(n_anchors, launch.BM) * splits,)](
             key_blocks=key_blocks,
             bound=bound,
@@ -151,6 +160,43 @@ def _sum(
         **{f"{name}_parts": x for name, x in parts.items()},
         **out,
         **launches.sizes(layout.anchors),
+    )
+
+
+def _sum_all_keys(
+    layout: Layout,
+    walk: _Walk,
+    bound: Tensor,  # [A]
+    scale: float,
+    parts: dict[str, Tensor],  # [splits, A] and [splits, A, D], out
+) -> None:
+    """Sums over whole tiles of a bank on Hopper."""
+    n_anchors, channels = layout.anchors.shape
+    BM, BN = walk.launch.BM // 2, walk.launch.BN
+
+    def blocks(x: Tensor, rows: int) -> gluon_hopper.TensorDescriptor:
+        """Rows [*, D] for the copy engine, as Gluon wants them."""
+        form = gl.NVMMASharedLayout.get_default_for([rows, channels], gl.bfloat16)
+        return gluon_hopper.TensorDescriptor.from_tensor(x, [rows, channels], form)
+
+    all_keys.all_keys_kernel[(triton.cdiv(n_anchors, 2 * BM) * walk.splits,)](
+        query_blocks=blocks(layout.anchors, BM),
+        key_blocks=blocks(layout.keys, BN),
+        bound=bound,
+        anchor_class=layout.anchor_class,
+        ranges=layout.ranges,
+        firsts=walk.tiles["firsts"],
+        n_tiles=walk.tiles["n_tiles"],
+        n_anchors=n_anchors,
+        splits=walk.splits,
+        scale=scale,
+        PARTS=layout.ranges.shape[1],
+        D=channels,
+        BM=BM,
+        BN=BN,
+        STAGES=walk.launch.stages,
+        num_warps=walk.launch.num_warps,
+        **parts,
     )
 
 
