@@ -38,6 +38,38 @@ def on_gpu(call: Call) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def graph_of(call: Call) -> torch.cuda.CUDAGraph:
+    """What a call launches, captured once after it ran three times; it may not look at the GPU."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graph.results = call()
+    return graph
+
+
+def of_many(call: Call, seconds: float) -> float:
+    """Seconds of one call of as many in a row, between two events, as take about so long."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    once = _between(start, end, call, 1)
+    times = rounds_within(once, seconds, 1000)
+    return _between(start, end, call, times)
+
+
+def _between(start: torch.cuda.Event, end: torch.cuda.Event, call: Call, times: int) -> float:
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(times):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / times
+
+
 CLOCKS = {"cpu": on_cpu, "cuda": on_gpu}
 
 
