@@ -26,14 +26,28 @@ ROWS = (
 SECONDS = 0.2
 
 
+def with_row(row: Launch, call: measure.Call) -> measure.Call:
+    """The call with a row of its own."""
+
+    def run():
+        configs.NEGATIVES[KEY] = row
+        return call()
+
+    return run
+
+
+def with_every_row(device: str) -> measure.Call:
+    """A call that launches all that is swept."""
+    call = scenes.sums_of_all_keys(device)
+    return lambda: [with_row(row, call)() for row in ROWS]
+
+
 def main() -> int:
     call, n_timed = scenes.sums_of_all_keys("cuda"), 0
     operations = 4.0 * scenes.MANY * scenes.FULL.keys() * CHANNELS
     for row in ROWS:
-        configs.NEGATIVES[KEY] = row
         try:
-            call()
-            seconds = measure.of_many(call, SECONDS)
+            seconds = measure.of_many(with_row(row, call), SECONDS)
         except Exception as error:  # a row that does not fit is a result
             print(f"{row}: {type(error).__name__}: {str(error)[:120]}", flush=True)
             continue

@@ -55,6 +55,7 @@ def graph_of(call: Call) -> torch.cuda.CUDAGraph:
 def of_many(call: Call, seconds: float) -> float:
     """Seconds of one call of as many in a row, between two events, as take about so long."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()
     once = _between(start, end, call, 1)
     times = rounds_within(once, seconds, 1000)
     return _between(start, end, call, times)
