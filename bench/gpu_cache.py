@@ -74,10 +74,11 @@ def compiled(line: str) -> None:
     data = json.loads(variant["data"])
     data["options"].pop("extern_libs")  # a path of the machine that wrote it; there is one default
 
-    def same_key(*args):
-        if rest_of_key(*args) != variant["key"]:
-            raise ValueError(f"{data['name']}: its key was {variant['key']}, and is {rest_of_key(*args)}")
-        return get_cache_key(*args)
+    def same_key(*args, **named):
+        rest = rest_of_key(*args, **named)
+        if rest != variant["key"]:
+            raise ValueError(f"{data['name']}: expected the key {variant['key']}, got {rest}")
+        return get_cache_key(*args, **named)
 
     with mock.patch.object(compiler, "get_cache_key", same_key):
         kernel = kernel_named(data["name"]).preload(json.dumps(data))
