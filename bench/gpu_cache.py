@@ -99,7 +99,16 @@ def stub() -> Path:
     if not (folder / "libcuda.so.1").exists():
         folder.mkdir(parents=True, exist_ok=True)
         build.subprocess.check_call(
-            ["cc", "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1"]
+            [
+                "cc",
+                "-shared",
+                "-x",
+                "c",
+                "/dev/null",
+                "-Wl,-soname,libcuda.so.1",
+                "-o",
+                folder / "libcuda.so.1",
+            ]
         )
     return folder
 
@@ -133,7 +142,10 @@ def check(kit: Path, variants: Path) -> int:
         raise LookupError("not in the cache")
 
     missing, lines = 0, variants.read_text().splitlines()
-    with mock.patch.object(backend.CUDABackend, "add_stages", refuse), mock.patch.object(build, "_build", refuse):
+    with (
+        mock.patch.object(backend.CUDABackend, "add_stages", refuse),
+        mock.patch.object(build, "_build", refuse),
+    ):
         for line in lines:
             try:
                 compiled(line)

@@ -1,6 +1,7 @@
 """The headline times on a GPU: replays of a graph, the eager step beside it, and what each kernel takes.
 
     python bench/gpu_times.py FOLDER     one JSON line a scene, printed and added to FOLDER/headlines.jsonl
+    python bench/gpu_times.py --once     the main ones run once, for a profiler
 
 Replays follow one another: what fits into the L2 cache (a sample does, a bank does not) is found there.
 """
@@ -35,7 +36,7 @@ def kernels_of(call: measure.Call) -> dict[str, list[float]]:
 
 def timed(name: str, n_anchors: int, make) -> dict:
     """The line of a scene."""
-    found = {"name": name, "anchors": n_anchors, "device": torch.cuda.get_device_name()}
+    found = {"name": name, "anchors": n_anchors}
     call = make("cuda")
     call()
     found["eager_us"] = round(1e6 * measure.of_many(call, SECONDS), 1)
@@ -43,7 +44,17 @@ def timed(name: str, n_anchors: int, make) -> dict:
     graph.replay()
     found["graph_us"] = round(1e6 * measure.of_many(graph.replay, SECONDS), 1)
     kernels = kernels_of(graph.replay)
-    return found | {"launches": sum(n for n, _ in kernels.values()), "kernels": kernels}
+    launches = sum(n for n, _ in kernels.values())
+    return found | {"launches": launches, "device": torch.cuda.get_device_name(), "kernels": kernels}
+
+
+def once() -> int:
+    """The main scenes, each once."""
+    for (name, n_anchors), make in scenes.times().items():
+        if n_anchors != scenes.FEW and "step" not in name and "random" not in name:
+            make("cuda")()
+    torch.cuda.synchronize()
+    return 0
 
 
 def main(folder: str) -> int:
@@ -65,5 +76,5 @@ def main(folder: str) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit(f"expected one folder, got {sys.argv[1:]}")
-    sys.exit(main(sys.argv[1]))
+        sys.exit(f"expected a folder or --once, got {sys.argv[1:]}")
+    sys.exit(once() if sys.argv[1] == "--once" else main(sys.argv[1]))

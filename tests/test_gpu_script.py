@@ -1,0 +1,89 @@
+"""bench/gpu.sh, with stubs in place of its steps: limits, later steps, what is printed when."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STEPS = "install first-light headlines ncu tiles tests memcheck synccheck racecheck".split()
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="bench/gpu.sh needs GNU's timeout and tail")
+# a step that does nothing but what its name stands for
+STUB = """#!/bin/sh
+echo "$1 begins"
+case $1 in
+{cases}
+esac
+echo "$1 ends"
+"""
+
+
+class Ran:
+    """A run of the script with stubs: how each step ended, what was printed and when."""
+
+    def __init__(self, folder: Path, seconds: float, **cases: str):
+        stub = folder / "stub"
+        lines = (f"{name.replace('_', '-')}) {body};;" for name, body in cases.items())
+        stub.write_text(STUB.format(cases="\n".join(lines)))
+        stub.chmod(0o755)
+        self.out = folder / "out"
+        start, self.when = time.monotonic(), {}
+        with subprocess.Popen(
+            ["bash", ROOT / "bench" / "gpu.sh", self.out],
+            env={**os.environ, "GPU_RUN": str(stub), "GPU_SECONDS": str(seconds)},
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as run:
+            for line in run.stdout:
+                self.when.setdefault(line.strip(), time.monotonic() - start)
+        self.seconds, self.status = time.monotonic() - start, run.returncode
+        text = "\n".join(self.when)
+        self.ends = dict(re.findall(r"^([\w-]+): exit (\d+) after", text, re.MULTILINE))
+
+
+def test_every_step_has_its_turn(tmp_path):
+    ran = Ran(tmp_path, 48)
+    assert ran.status == 0
+    assert ran.ends == dict.fromkeys(STEPS, "0") and list(ran.ends) == STEPS
+    log = (ran.out / "gpu.log").read_text()
+    assert all(f"{name} begins\n{name} ends\n" in log for name in STEPS)
+    assert len(list(ran.out.iterdir())) <= 8
+
+
+def test_a_failing_step_fails_the_script_and_stops_no_other(tmp_path):
+    ran = Ran(tmp_path, 48, first_light="exit 3", tests="kill -SEGV $$")
+    assert ran.status == 1
+    assert ran.ends == dict.fromkeys(STEPS, "0") | {"first-light": "3", "tests": "139"}
+    assert "racecheck ends" in ran.when
+
+
+def test_a_hanging_step_is_cut_off_at_its_second(tmp_path):
+    # 16 s in all: first light until 2.5 s, the headlines until 4.5 s; a step that ignores its end has a second more
+    deaf = "trap '' TERM; while :; do sleep 0.1; done"
+    ran = Ran(tmp_path, 16, first_light="exec sleep 600", headlines=deaf)
+    assert ran.status == 1
+    assert ran.ends == dict.fromkeys(STEPS, "0") | {"first-light": "124", "headlines": "137"}
+    assert 2.3 <= ran.when["headlines begins"] <= 3.5
+    assert 5.0 <= ran.when["ncu begins"] <= 7.0
+
+
+def test_what_is_left_behind_holds_nothing_up(tmp_path):
+    # in a session of its own no signal finds it, and it has the step's output open
+    ran = Ran(tmp_path, 48, ncu="setsid sleep 15 & exit 0")
+    assert ran.status == 0 and ran.seconds < 12
+
+
+def test_what_a_step_leaves_goes_to_later_ones(tmp_path):
+    # first light has 1 s of 8 by its table, and here what the wheel left
+    ran = Ran(tmp_path, 8, first_light="sleep 1.1")
+    assert ran.status == 0, ran.when
+
+
+def test_a_line_is_printed_at_once(tmp_path):
+    ran = Ran(tmp_path, 48, tiles="sleep 1.5; echo late")
+    assert ran.when["late"] - ran.when["tiles begins"] >= 1.2
+    assert ran.when["tiles ends"] - ran.when["late"] < 1.0
