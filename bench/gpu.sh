@@ -59,7 +59,8 @@ install() {
   local what=("$root")
   ls "$root"/dist/*.whl >/dev/null 2>&1 && what=("$root"/dist/*.whl)
   ls "$kit"/*.whl >/dev/null 2>&1 && what=("$kit"/*.whl)
-  PICO_FAST_BUILD=cuda python3 -m pip install -q --no-deps --no-build-isolation --force-reinstall "${what[@]}" || return 1
+  PICO_FAST_BUILD=cuda python3 -m pip install -q --no-deps --no-build-isolation --force-reinstall \
+    "${what[@]}" || return 1
   python3 -m pico_fast.info
   [ ! -d "$kit/triton" ] || python3 "$root/bench/gpu_cache.py" ready "$kit" 14
 }

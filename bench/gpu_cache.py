@@ -1,20 +1,20 @@
 """A Triton cache for a machine with a GPU, filled on one without: compiled, never run.
 
-    python bench/gpu_cache.py key                  what Triton's own files are, in short
     python bench/gpu_cache.py fill KIT [JOBS]      compile KIT/variants.jsonl into KIT/triton
     python bench/gpu_cache.py check KIT FILE       each variant of FILE is in KIT/triton, or it is an error
-    python bench/gpu_cache.py ready KIT [JOBS]     on the machine with the GPU: paths put right, or all compiled
+    python bench/gpu_cache.py ready KIT [JOBS]     on the machine with the GPU: use it, or compile all anew
 
-A kernel's key in the cache holds Triton's own files (`triton_key()`, which differs by the Python that a wheel of
-Triton is for), the kernel's source and line, its variant, the backend's options, ptxas's version and some
-environment; no path of ours. So `fill` runs under the Python and the Triton of the other machine, and needs
-no PyTorch. What a cache says of its own files are absolute paths: `ready` writes them anew.
+A kernel's key in the cache holds Triton's own files (`triton_key()`, which differs by the Python that a
+wheel of Triton is for), the kernel's source and line, its variant, the backend's options, ptxas's version and
+some environment; no path of ours. So `fill` runs under the Python and the Triton of the other machine, and
+needs no PyTorch. What a cache says of its own files are absolute paths: `ready` writes them anew.
 """
 
 import hashlib
 import importlib
 import json
 import os
+import subprocess
 import sys
 import time
 import types
@@ -175,9 +175,7 @@ def ready(kit: Path, jobs: int) -> None:
 
 
 def main(what: str, *words: str) -> int:
-    if what == "key":
-        print(key())
-    elif what == "check":
+    if what == "check":
         return 1 if check(*map(Path, words)) else 0
     else:
         jobs = int(words[1]) if len(words) > 1 else 1

@@ -25,7 +25,6 @@ TRITON = "3.6.0"
 def as_on_a_gpu() -> None:
     """Ops choose as they do on an H100; fresh memory is 0, and so a valid index."""
     from pico_fast import on_gpu
-    from pico_fast.contrast import gpu as _
     from pico_fast.selection import launch
 
     torch.empty, torch.Tensor.new_empty = torch.zeros, torch.Tensor.new_zeros

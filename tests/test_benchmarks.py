@@ -3,9 +3,7 @@
 # ruff: noqa: E402, for the benchmarks are scripts: their folder has to be found before they are
 
 import dataclasses
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 

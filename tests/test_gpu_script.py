@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STEPS = "install first-light headlines ncu tiles tests memcheck synccheck racecheck".split()
+STEPS = ["install", "first-light", "headlines", "ncu", "tiles", "tests"]
+STEPS += ["memcheck", "synccheck", "racecheck"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="bench/gpu.sh needs GNU's timeout and tail")
 # a step that does nothing but what its name stands for
 STUB = """#!/bin/sh
@@ -62,7 +63,7 @@ def test_a_failing_step_fails_the_script_and_stops_no_other(tmp_path):
 
 
 def test_a_hanging_step_is_cut_off_at_its_second(tmp_path):
-    # 16 s in all: first light until 2.5 s, the headlines until 4.5 s; a step that ignores its end has a second more
+    # of 16 s first light ends at 2.5, the headlines at 4.5; what ignores its end has a second more
     deaf = "trap '' TERM; while :; do sleep 0.1; done"
     ran = Ran(tmp_path, 16, first_light="exec sleep 600", headlines=deaf)
     assert ran.status == 1
