@@ -5,9 +5,9 @@
     python bench/gpu_cache.py ready KIT [JOBS]     on the machine with the GPU: use it, or compile all anew
 
 A kernel's key in the cache holds Triton's own files (`triton_key()`, which differs by the Python that a
-wheel of Triton is for), the kernel's source and line, its variant, the backend's options, ptxas's version and
-some environment; no path of ours. So `fill` runs under the Python and the Triton of the other machine, and
-needs no PyTorch. What a cache says of its own files are absolute paths: `ready` writes them anew.
+wheel of Triton is for), the kernel's source and line, its variant, the backend's options, ptxas's version
+and some environment; no path of ours. So `fill` runs under the Python and the Triton of the other machine,
+and needs no PyTorch. What a cache says of its own files are absolute paths: `ready` writes them anew.
 """
 
 import hashlib
@@ -96,20 +96,11 @@ def prepare(folder: Path) -> None:
 def stub() -> Path:
     """A folder with a libcuda.so.1 to link against, which a machine without a GPU does not have."""
     folder = ROOT / "build" / "gpu-kit"
-    if not (folder / "libcuda.so.1").exists():
+    library = folder / "libcuda.so.1"
+    if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        build.subprocess.check_call(
-            [
-                "cc",
-                "-shared",
-                "-x",
-                "c",
-                "/dev/null",
-                "-Wl,-soname,libcuda.so.1",
-                "-o",
-                folder / "libcuda.so.1",
-            ]
-        )
+        command = ["cc", "-shared", "-x", "c", "/dev/null", f"-Wl,-soname,{library.name}", "-o", library]
+        subprocess.run(command, check=True)
     return folder
 
 
