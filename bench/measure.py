@@ -28,13 +28,19 @@ def _larger_than_the_cache() -> torch.Tensor:
 def on_gpu(call: Call) -> float:
     """Seconds of one call on the GPU between two events, its L2 cache cold."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _larger_than_the_cache().zero_()
-    # the GPU waits here until the host has everything queued: launches are not part of the time
-    torch.cuda._sleep(10_000_000)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
+    host = 0.0
+    for _ in range(2):
+        # the GPU waits until the host has everything queued: launches are not part of the time
+        spin = max(5e-3, 2 * host)
+        _larger_than_the_cache().zero_()
+        torch.cuda._sleep(int(2e9 * spin))
+        start.record()
+        host = on_cpu(call)
+        end.record()
+        end.synchronize()
+        # unless the call itself looks at the GPU, the second wait is long enough
+        if host < spin:
+            break
     return start.elapsed_time(end) / 1e3
 
 
