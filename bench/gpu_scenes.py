@@ -1,7 +1,7 @@
 """What is checked, timed and swept on a GPU: the scenes of first_light.py, gpu_times.py and gpu_tiles.py.
 
-gpu_kit.py runs their calls on a CPU with kernels that do nothing, to know every variant that they launch:
-there only sizes matter, and values stay 0. So a call does nothing but what is checked or timed.
+gpu_variants.py runs their calls on a CPU with kernels that do nothing, to know every variant that they
+launch. So a call does nothing but what is checked or timed.
 """
 
 import functools
@@ -35,6 +35,8 @@ FEW, MANY = 1024, 4096
 EVERY = Cut()
 # so high that every weight is 1
 HOT = 1e6
+# without them values are 0: where nothing is computed only sizes matter
+has_values = True
 
 
 class Check(NamedTuple):
@@ -44,11 +46,9 @@ class Check(NamedTuple):
     errors: Callable[..., list[tuple[float, float]]]
 
 
-def values(*size: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal values; 0 without a GPU."""
-    return (
-        torch.zeros(size, dtype=dtype) if device == "cpu" else torch.randn(size, dtype=dtype, device=device)
-    )
+def values(*size: int, device: str) -> Tensor:
+    """Normal values."""
+    return torch.randn(size, device=device) if has_values else torch.zeros(size, device=device)
 
 
 @functools.cache
@@ -64,7 +64,7 @@ def bank(data_set: cases.DataSet, device: str) -> pico_fast.MemoryBank:
     made = pico_fast.MemoryBank(
         data_set.classes, CHANNELS, data_set.pixels, data_set.regions, device=device
     )
-    if device != "cpu":
+    if has_values:
         for rows, centre in zip(made.storage, centres(device), strict=True):
             rows.copy_(normalize(values(*rows.shape, device=device) + centre, dim=1))
     made.pixel_count.fill_(data_set.pixels)
@@ -79,10 +79,10 @@ def anchors(n: int, device: str) -> tuple[Tensor, Tensor]:
     return normalize(rows, dim=1).bfloat16().float(), labels
 
 
-def layout(data_set: cases.DataSet, device: str, n: int = FEW) -> Layout:
-    """Anchors against the bank."""
+def layout(data_set: cases.DataSet, device: str, n: int | None = None) -> Layout:
+    """FEW anchors, or n, against the bank."""
     share = bank(data_set, device).share()
-    return layouts.of_bank(*anchors(n, device), share.keys, share.ranges)
+    return layouts.of_bank(*anchors(n or FEW, device), share.keys, share.ranges)
 
 
 def exact(of: Layout) -> Layout:
@@ -175,7 +175,7 @@ def tiles(own: bool, bounded: bool, device: str) -> Check:
         if own:
             return ops.positives(of, counted, torch.zeros(FEW, device=device), HOT, False)[:1]
         found = ops.negatives(of, counted, HOT, False)
-        return found.lse, found.below
+        return (found.lse, found.below) if bounded else (found.lse,)
 
     def errors(found):
         if own:
@@ -211,7 +211,7 @@ def hardest(own: bool, device: str) -> Check:
         _, truth, _ = eager.hardest(exact(of), own, None, count, False)
         named = torch.zeros_like(similarity)
         for row, (i, anchor) in enumerate(zip(index, of.anchors, strict=True)):
-            named[row] = (of.keys[i.clamp(min=0)].float() @ anchor).masked_fill(i < 0, 0.0)
+            named[row] = (of.keys[i.clamp(0, len(of.keys) - 1)].float() @ anchor).masked_fill(i < 0, 0.0)
         n = equal([(index >= 0).sum(1)], [of.available(own).clamp(max=count)])
         return n + close([similarity, named], [truth, similarity.double()], 1e-4)
 
@@ -268,10 +268,11 @@ def region_pool(device: str) -> Check:
 
 @functools.cache
 def pictures(batch: int, side: int, device: str) -> cases.Images:
-    if device != "cpu":
+    """A batch of so many images, and how far they are high and wide."""
+    if has_values:
         return cases.images(FULL, batch, side, side, device)
-    labels = torch.zeros(batch, side, side, dtype=torch.int64)
-    return cases.Images(torch.zeros(batch, CHANNELS, side, side), labels, labels)
+    labels = torch.zeros(batch, side, side, dtype=torch.int64, device=device)
+    return cases.Images(torch.zeros(batch, CHANNELS, side, side, device=device), labels, labels)
 
 
 class Step:

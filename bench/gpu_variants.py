@@ -66,6 +66,7 @@ def main(path: Path) -> int:
     import gpu_tiles
     import sanitize
 
+    scenes.has_values = False
     found: dict[str, str] = {}
     record(found)
     as_on_a_gpu()
