@@ -43,8 +43,9 @@ step() {  # step NAME UNTIL COMMAND...: run it until this second of 480 at most,
   [ -z "${GPU_RUN:-}" ] || set -- "$GPU_RUN" "$name"
   echo "== $name, $((left / 1000)) s at most" | tee -a "$log"
   size=$(stat -c %s "$log")
-  # not through a pipe: what a killed step leaves behind could hold it open
-  timeout -k "$((total / 96 + 1))" "$((left / 1000)).$(printf %03d $((left % 1000)))" "$@" >>"$log" 2>&1 </dev/null &
+  # not through a pipe, which what a killed step leaves behind could hold open; pytest, when it is interrupted,
+  # says what it knows
+  timeout -s INT -k "$((total / 96 + 1))" "$((left / 1000)).$(printf %03d $((left % 1000)))" "$@" >>"$log" 2>&1 </dev/null &
   tail -c "+$((size + 1))" -f -s 0.1 --pid=$! "$log" | sed -u 's/^\(.\{180\}\).*/\1.../'
   wait $!
   status=$?
@@ -55,14 +56,13 @@ step() {  # step NAME UNTIL COMMAND...: run it until this second of 480 at most,
 
 install() {
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-  python3 -c 'import sys, torch, triton; print(sys.version.split()[0], torch.__version__, triton.__version__)'
   local what=("$root")
   ls "$root"/dist/*.whl >/dev/null 2>&1 && what=("$root"/dist/*.whl)
   ls "$kit"/*.whl >/dev/null 2>&1 && what=("$kit"/*.whl)
   PICO_FAST_BUILD=cuda python3 -m pip install -q --no-deps --no-build-isolation --force-reinstall \
     "${what[@]}" || return 1
-  python3 -m pico_fast.info
   [ ! -d "$kit/triton" ] || python3 "$root/bench/gpu_cache.py" ready "$kit" 14
+  python3 -m pico_fast.info
 }
 
 counters() {
@@ -86,10 +86,10 @@ sanitize() {
 
 export -f install counters tests sanitize
 cd "$out"  # not the root: its pico_fast/ would stand before the installed one
-step install 15 bash -c install
-step first-light 75 python3 "$root/bench/first_light.py"
-step headlines 135 python3 "$root/bench/gpu_times.py" "$out"
-step ncu 175 bash -c counters
+step install 30 bash -c install
+step first-light 90 python3 "$root/bench/first_light.py"
+step headlines 150 python3 "$root/bench/gpu_times.py" "$out"
+step ncu 190 bash -c counters
 step tiles 235 python3 "$root/bench/gpu_tiles.py"
 step tests 385 bash -c tests
 step memcheck 425 bash -c "sanitize memcheck"

@@ -43,7 +43,7 @@ def timed(name: str, n_anchors: int, make) -> dict:
     graph = measure.graph_of(call)
     graph.replay()
     found["graph_us"] = round(1e6 * measure.of_many(graph.replay, SECONDS), 1)
-    kernels = kernels_of(graph.replay)
+    kernels = kernels_of(call)
     launches = sum(n for n, _ in kernels.values())
     return found | {"launches": launches, "device": torch.cuda.get_device_name(), "kernels": kernels}
 
