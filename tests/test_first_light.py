@@ -21,7 +21,7 @@ def small(monkeypatch):
     """Few anchors and keys; what is kept of other sizes is made anew."""
     monkeypatch.setattr(scenes, "FULL", cases.DataSet("small", 5, 40, 20))
     monkeypatch.setattr(scenes, "SMALL", cases.DataSet("small", 5, 30, 10))
-    monkeypatch.setattr(scenes, "FEW", 24)
+    monkeypatch.setattr(scenes, "FEW", 32)
     monkeypatch.setattr(scenes, "COUNTS", (9, 17))
     monkeypatch.setattr(scenes.ours, "COUNTS", {"num_positives": 9, "num_negatives": 17})
     monkeypatch.setattr(scenes, "pictures", lambda batch, *_: cases.images(scenes.FULL, 2, 12, 9))
