@@ -69,7 +69,7 @@ counters() {
   if ! command -v ncu; then return 0; fi
   local sections=(SpeedOfLight ComputeWorkloadAnalysis MemoryWorkloadAnalysis SchedulerStats LaunchStats)
   ncu --clock-control none --print-details all "${sections[@]/#/--section=}" --launch-count 30 --kernel-name \
-    "regex:^(negatives|positives|similarity|cut|hits|merge|score)_kernel|region" \
+    "regex:^(negatives|positives|similarity|cut|hits|collect|score|pool|planes)_kernel" \
     python3 "$root/bench/gpu_times.py" --once
 }
 
