@@ -56,13 +56,13 @@ step() {  # step NAME UNTIL COMMAND...: run it until this second of 480 at most,
 
 install() {
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-  local what=("$root")
+  local what=("$root") status=0
   ls "$root"/dist/*.whl >/dev/null 2>&1 && what=("$root"/dist/*.whl)
   ls "$kit"/*.whl >/dev/null 2>&1 && what=("$kit"/*.whl)
   PICO_FAST_BUILD=cuda python3 -m pip install -q --no-deps --no-build-isolation --force-reinstall \
     "${what[@]}" || return 1
-  [ ! -d "$kit/triton" ] || python3 "$root/bench/gpu_cache.py" ready "$kit" 14
-  python3 -m pico_fast.info
+  [ ! -d "$kit/triton" ] || python3 "$root/bench/gpu_cache.py" ready "$kit" 14 || status=1
+  python3 -m pico_fast.info && return $status
 }
 
 counters() {
