@@ -63,14 +63,15 @@ def test_a_failing_step_fails_the_script_and_stops_no_other(tmp_path):
 
 
 def test_a_hanging_step_is_cut_off_at_its_second(tmp_path):
-    # of 10 s first light ends at 1.9, the headlines at 3.1; who ignores an interrupt has a second more
+    # of 16 s first light ends at 3, the headlines at 5; who ignores an interrupt has a second more
     deaf = "trap '' INT TERM; while :; do sleep 0.1; done"
-    ran = Ran(tmp_path, 10, first_light="trap 'echo so far; exit 1' INT; sleep 600", headlines=deaf)
+    ran = Ran(tmp_path, 16, first_light="trap 'echo so far; exit 1' INT; sleep 600", headlines=deaf)
     assert ran.status == 1
     assert ran.ends == dict.fromkeys(STEPS, "0") | {"first-light": "124", "headlines": "137"}
     assert "so far" in ran.when  # as pytest, which lists failures when it is interrupted
-    assert 1.7 <= ran.when["headlines begins"] <= 2.7
-    assert 3.9 <= ran.when["ncu begins"] <= 5.5
+    # no sooner; on a busy machine somewhat later
+    assert 2.8 <= ran.when["headlines begins"] <= 6.0
+    assert 5.5 <= ran.when["ncu begins"] <= 9.0
 
 
 def test_what_is_left_behind_holds_nothing_up(tmp_path):
@@ -84,4 +85,4 @@ def test_what_a_step_leaves_goes_to_later_ones_and_lines_are_printed_at_once(tmp
     ran = Ran(tmp_path, 16, first_light="sleep 2.3; echo late")
     assert ran.status == 0, ran.when
     assert ran.when["late"] - ran.when["first-light begins"] >= 2.0
-    assert ran.when["first-light ends"] - ran.when["late"] < 1.0
+    assert ran.when["first-light ends"] - ran.when["late"] < 1.5
