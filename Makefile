@@ -6,15 +6,21 @@ PY := $(VENV)/bin/python
 # what `make check` compiles with warnings as errors; cpu where there is no CUDA toolkit
 CHECK_BUILD ?= cuda
 # every generation that the package has code for, and PTX for those to come
+WHEELS := dist
 RELEASE_ARCHS := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
 # writes requirements-*.lock
 UV := uv==0.13.9
 # tests that run side by side, with one thread each
 JOBS ?= 2
+# of the machine that gpu-kit/ is for; bench/gpu_variants.py holds to the same Triton
+GPU_PYTHON ?= python3.12
+GPU_TRITON := triton==3.6.0
+# what a kit may weigh with the checkout, MiB
+GPU_LIMIT := 64
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
 .PHONY: help demo test test-integrations stress bench bench-report gate check sanitize format build wheel \
-	lock clean
+	gpu-kit lock clean
 
 help:
 	@echo "make demo    train a small network with and without the contrast, and draw a picture"
@@ -29,6 +35,7 @@ help:
 	@echo "make format  format Python and C++"
 	@echo "make build   make the environment and build the package into it"
 	@echo "make wheel   build the wheel for every GPU generation into dist/"
+	@echo "make gpu-kit  prepare what a machine with an H100 and no network needs for bench/gpu.sh"
 	@echo "make lock    write requirements-*.lock anew from requirements-*.txt"
 	@echo "make clean   remove what was built, not the environment"
 
@@ -124,7 +131,22 @@ wheel: $(VENV)/.requirements
 	chmod 644 LICENSE NOTICE  # git does not keep all of a mode, a wheel does
 	umask 022; SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} \
 	PICO_FAST_BUILD=cuda TORCH_CUDA_ARCH_LIST="$(RELEASE_ARCHS)" $(PY) -m pip wheel --quiet \
-	--no-build-isolation --no-deps -w dist .
+	--no-build-isolation --no-deps -w $(WHEELS) .
+
+# The kernels of bench/gpu.sh, compiled without a GPU: their variants under this Python, which has PyTorch,
+# the code under that of the other machine, which needs none. Found a second time, all of them are there.
+gpu-kit: $(VENV)/.built
+	rm -rf gpu-kit build/gpu-kit
+	$(MAKE) wheel RELEASE_ARCHS=9.0 WHEELS=gpu-kit
+	$(PY) -m pip install --quiet --no-deps --target build/gpu-kit/here $(GPU_TRITON)
+	$(GPU_PYTHON) -m pip install --quiet --no-deps --target build/gpu-kit/there $(GPU_TRITON)
+	PYTHONPATH=build/gpu-kit/here $(PY) bench/gpu_variants.py gpu-kit/variants.jsonl
+	PYTHONPATH=build/gpu-kit/there $(GPU_PYTHON) bench/gpu_cache.py fill gpu-kit
+	PYTHONPATH=build/gpu-kit/here $(PY) bench/gpu_variants.py build/gpu-kit/again.jsonl
+	PYTHONPATH=build/gpu-kit/there $(GPU_PYTHON) bench/gpu_cache.py check gpu-kit build/gpu-kit/again.jsonl
+	size=$$( (git ls-files -coz --exclude-standard; find gpu-kit -type f -print0) | du -cm --files0-from=- | \
+	tail -n 1 | cut -f 1); echo "gpu-kit and the checkout: $$size MiB"; test $$size -lt $(GPU_LIMIT) || \
+	{ echo "expected less than $(GPU_LIMIT) MiB, got $$size" >&2; exit 1; }
 
 # with LOCK=--upgrade also what only others ask for takes its newest version
 lock:
@@ -141,4 +163,4 @@ format: $(VENV)/.requirements
 	$(VENV)/bin/clang-format -i $(CSRC) tests/emulation/device.cuh
 
 clean:
-	rm -rf build dist *.egg-info pico_fast/_C.* pico_fast/_build.json $(VENV)/.built
+	rm -rf build dist gpu-kit *.egg-info pico_fast/_C.* pico_fast/_build.json $(VENV)/.built

@@ -28,14 +28,53 @@ def _larger_than_the_cache() -> torch.Tensor:
 def on_gpu(call: Call) -> float:
     """Seconds of one call on the GPU between two events, its L2 cache cold."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _larger_than_the_cache().zero_()
-    # the GPU waits here until the host has everything queued: launches are not part of the time
-    torch.cuda._sleep(10_000_000)
-    start.record()
+    host = 0.0
+    for _ in range(2):
+        # the GPU waits until the host has everything queued: launches are not part of the time
+        spin = max(5e-3, 2 * host)
+        _larger_than_the_cache().zero_()
+        torch.cuda._sleep(int(2e9 * spin))
+        start.record()
+        host = on_cpu(call)
+        end.record()
+        end.synchronize()
+        # unless the call itself looks at the GPU, the second wait is long enough
+        if host < spin:
+            break
+    return start.elapsed_time(end) / 1e3
+
+
+def graph_of(call: Call) -> torch.cuda.CUDAGraph:
+    """What a call launches, captured once after it ran three times; it may not look at the GPU."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graph.results = call()
+    return graph
+
+
+def of_many(call: Call, seconds: float) -> float:
+    """Seconds of one call of as many in a row, between two events, as take about so long."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     call()
+    once = _between(start, end, call, 1)
+    times = rounds_within(once, seconds, 1000)
+    return _between(start, end, call, times)
+
+
+def _between(start: torch.cuda.Event, end: torch.cuda.Event, call: Call, times: int) -> float:
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(times):
+        call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3 / times
 
 
 CLOCKS = {"cpu": on_cpu, "cuda": on_gpu}

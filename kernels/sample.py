@@ -40,7 +40,7 @@ def draw_kernel(
     new_ranges,  # [C, 1, 2] int64, out: where the keys of each class stand there
     capacity,
     n_classes,
-    stream,
+    purpose,  # what is drawn; not called stream: a launch takes no argument of that name
     PARTS: tl.constexpr,
     STEPS: tl.constexpr,  # 2^STEPS > C
     BN: tl.constexpr,
@@ -66,7 +66,7 @@ def draw_kernel(
         n += tl.load(ranges + (of.to(tl.int64) * PARTS + part) * 2 + 1, mask=there, other=1)
     word = tl.load(seed)
     state = fold(fold(tl.zeros([BN], tl.uint32), word.to(tl.uint32)), (word >> 32).to(tl.uint32))
-    state = fold(state, stream.to(tl.uint32))
+    state = fold(state, purpose.to(tl.uint32))
     state = fold(state, tl.load(names + of, mask=there, other=0).to(tl.uint32))
     t = slot - first
     begin = t * n // k

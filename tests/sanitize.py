@@ -1,6 +1,8 @@
 """Small runs of every GPU kernel, for compute-sanitizer, which is too slow for the tests themselves.
 
-compute-sanitizer --tool memcheck python tests/sanitize.py
+    compute-sanitizer --tool memcheck python tests/sanitize.py
+
+`bench/gpu_variants.py` runs what launches Triton on a CPU, to know what has to be compiled.
 """
 
 import itertools
@@ -8,6 +10,7 @@ import itertools
 import torch
 
 import pico_fast
+from pico_fast.contrast import ops
 from pico_fast.selection import layout as layouts
 from pico_fast.selection.layout import Cut
 from pico_fast.selection.options import SAMPLINGS
@@ -27,15 +30,14 @@ def region_pooling() -> None:
         torch.ops.pico_fast.region_pool_backward(means, labels, counts, dtype, pixels)
 
 
-def contrast() -> None:
+def contrast(device: str = "cuda") -> None:
     # sizes that end within tiles, in batch, keys in any order, a bank with an empty class, long rows
-    ops, nobody = torch.ops.pico_fast, Cut()
     for dtype, channels in itertools.product((torch.bfloat16, torch.float16), (48, 256)):
-        anchors = torch.randn(70, channels, device="cuda")
-        labels = torch.randint(-1, 5, (70,), device="cuda")
-        keys = torch.randn(5 * 90, channels, device="cuda").to(dtype)
-        key_labels = torch.randint(-1, 5, (450,), device="cuda")
-        first = torch.arange(5, device="cuda") * 90
+        anchors = torch.randn(70, channels, device=device)
+        labels = torch.randint(-1, 5, (70,), device=device)
+        keys = torch.randn(5 * 90, channels, device=device).to(dtype)
+        key_labels = torch.randint(-1, 5, (450,), device=device)
+        first = torch.arange(5, device=device) * 90
         parts = (first, first % 61, first + 60, first % 31)
         ranges = torch.stack(parts, 1).view(5, 2, 2)
         for work in (
@@ -43,21 +45,21 @@ def contrast() -> None:
             layouts.of_bank(anchors, labels, keys, ranges),
             layouts.of_labels(anchors.to(dtype), labels, None, None),
         ):
-            lse, *_ = ops.negatives(*work.tensors, *nobody, 0.1, True)
-            ops.positives(*work.tensors, *nobody, lse, 0.1, True)
+            lse, *_ = ops.negatives(work, Cut(), 0.1, True)
+            ops.positives(work, Cut(), lse, 0.1, True)
             for own in (True, False):
-                ops.keys_grad(*work.tensors, *nobody, own, lse, lse, 0.1)
+                ops.keys_grad(work, Cut(), own, lse, lse, 0.1)
 
 
-def selection() -> None:
+def selection(device: str = "cuda") -> None:
     # few keys, by digits; many, by a sample and its repair; what is picked, and mixes
     for n_keys, kind in ((300, "random"), (6000, "random"), (6000, "duplicates")):
-        anchors = torch.randn(33, 64, device="cuda")
-        labels = torch.randint(-1, 4, (33,), device="cuda")
-        keys = torch.randn(n_keys, 64, device="cuda").bfloat16()
+        anchors = torch.randn(33, 64, device=device)
+        labels = torch.randint(-1, 4, (33,), device=device)
+        keys = torch.randn(n_keys, 64, device=device).bfloat16()
         if kind == "duplicates":
-            keys = keys[torch.randint(0, 5, (n_keys,), device="cuda")]
-        key_labels = torch.randint(-1, 4, (n_keys,), device="cuda")
+            keys = keys[torch.randint(0, 5, (n_keys,), device=device)]
+        key_labels = torch.randint(-1, 4, (n_keys,), device=device)
         for sampling in SAMPLINGS:
             pico_fast.contrast(
                 anchors.requires_grad_(),

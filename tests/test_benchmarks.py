@@ -1,11 +1,9 @@
-"""bench/gpu.sh; the report: figures by hand on made-up results, the committed page on real ones."""
+"""The report: figures by hand on made-up results, the committed page on real ones."""
 
 # ruff: noqa: E402, for the benchmarks are scripts: their folder has to be found before they are
 
 import dataclasses
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -316,41 +314,3 @@ def test_command_writes_and_checks(folder, root, monkeypatch, capsys):
 def test_table_leaves_out_empty_columns():
     rows = [{"run": "a", "median": "", "bar": ""}, {"run": "b", "median": "1 s", "bar": ""}]
     assert tables.table(rows) == ["| run | median |", "|---|---:|", "| a |  |", "| b | 1 s |"]
-
-
-STEPS = ["install", "info", "tests", "memcheck", "racecheck", "synccheck", "bench"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="bench/gpu.sh needs GNU's timeout")
-@pytest.mark.parametrize(
-    ("script", "of_tests"),
-    [
-        ("exit 0", 0),
-        ("exit 3", 3),
-        ("exec sleep 600", 124),
-        ("trap '' TERM; while :; do sleep 1; done", 137),
-    ],
-    ids=["right", "wrong", "hangs", "hangs and ignores its end"],
-)
-def test_on_a_gpu_every_step_has_its_turn(script, of_tests, tmp_path):
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    for name, body in (
-        ("python3", f'case "$*" in *"/tests -k "*) {script};; esac'),
-        ("compute-sanitizer", 'echo "$2"'),
-    ):
-        (commands / name).write_text(f"#!/bin/sh\n{body}\n")
-        (commands / name).chmod(0o755)
-    run = subprocess.run(
-        ["bash", ROOT / "bench" / "gpu.sh", tmp_path / "out"],
-        env={**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "GPU_SECONDS": "4"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    ends = dict(re.findall(r"^== (\w+): exit (\d+)", run.stdout, re.MULTILINE))
-    assert list(ends) == STEPS
-    assert ends == dict.fromkeys(STEPS, "0") | {"tests": str(of_tests)}
-    assert run.returncode == (of_tests != 0)
-    for tool in STEPS[3:6]:
-        assert (tmp_path / "out" / f"{tool}.log").read_text() == f"{tool}\n"

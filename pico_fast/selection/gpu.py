@@ -61,7 +61,7 @@ def sample_keys(
         new_ranges=new_ranges,
         capacity=capacity,
         n_classes=n_classes,
-        stream=stream,
+        purpose=stream,
         PARTS=parts,
         STEPS=n_classes.bit_length(),
         BN=_DRAWS,
