@@ -10,19 +10,15 @@
 namespace pico_fast {
 namespace {
 
+// Of pico_fast/draws.py: what is drawn.
+constexpr uint32_t kPositive = 5, kNegative = 6;
+
 // Draws of one task; a task begins anywhere within a class.
 constexpr int64_t kDraws = 8192;
 
 // The keys of a class: its parts one after the other.
 struct Parts {
   const int64_t* ranges;  // [G, 2] first position and length
-  int64_t count;
-
-  int64_t size() const {
-    int64_t n = 0;
-    for (int64_t g = 0; g < count; ++g) n += ranges[2 * g + 1];
-    return n;
-  }
 
   int64_t position(int64_t number) const {
     int64_t g = 0;
@@ -49,43 +45,47 @@ void draw(const Parts& parts, int64_t n, int64_t k, uint32_t state, int64_t firs
   }
 }
 
-// ranges [C, G, 2] int64, names and wanted [C] int64, key_order [W] int64 or none, seed [] int64
+// ranges [C, G, 2] int64, names [C] int64, key_order [W] int64 or none, seed [] int64
 // -> the keys drawn [capacity] int64, class by class, -1 behind the last; their ranges [C, 1, 2]
 std::tuple<Tensor, Tensor> sample_keys(const Tensor& ranges_, const Tensor& names_,
-                                       const std::optional<Tensor>& key_order_, const Tensor& wanted_,
-                                       const Tensor& seed, int64_t stream, int64_t capacity) {
+                                       const std::optional<Tensor>& key_order_, int64_t need, bool own,
+                                       const Tensor& seed, int64_t capacity) {
   const Tensor ranges = contiguous(ranges_);
   const Tensor names = contiguous(names_);
-  const Tensor wanted = contiguous(wanted_);
-  const Tensor key_order = contiguous(key_order_.value_or(wanted_));
+  const Tensor key_order = contiguous(key_order_.value_or(names_));
   STD_TORCH_CHECK(ranges.dim() == 3, "expected ranges [C, G, 2]");
   const int64_t C = ranges.size(0), G = ranges.size(1);
   const int64_t* range = in_place<int64_t>(ranges, {C, G, 2}, "ranges");
   const int64_t* name = in_place<int64_t>(names, {C}, "names");
-  const int64_t* k = in_place<int64_t>(wanted, {C}, "wanted");
   const int64_t W = key_order.numel(), positions = key_order_ ? W : INT32_MAX;
   const int64_t* order = key_order_ ? in_place<int64_t>(key_order, {W}, "key_order") : nullptr;
-  const uint32_t state = fold(fold_seed(seed), static_cast<uint32_t>(stream));
-  Tensor new_ranges = new_empty(ranges, {C, 1, 2});
-  int64_t* new_range = new_ranges.mutable_data_ptr<int64_t>();
-  std::vector<int64_t> used;  // classes with draws
-  int64_t total = 0;
+  const uint32_t state = fold(fold_seed(seed), own ? kPositive : kNegative);
+  STD_TORCH_CHECK(need >= 0 && need < INT32_MAX, "need: expected a count below 2^31");
+  std::vector<int64_t> sizes(C), used;  // keys of each class; classes with draws
+  int64_t others = 0, largest = 0, total = 0;
   for (int64_t c = 0; c < C; ++c) {
-    int64_t n = 0;
     for (int64_t g = 0; g < G; ++g) {
       const int64_t first = range[2 * (c * G + g)], length = range[2 * (c * G + g) + 1];
       STD_TORCH_CHECK(
           length == 0 || (length > 0 && length < INT32_MAX && first >= 0 && first <= positions - length),
           "ranges: expected parts of the positions");
-      n += length;
+      sizes[c] += length;
     }
-    STD_TORCH_CHECK(n < INT32_MAX && k[c] >= 0 && k[c] <= n && k[c] <= capacity - total,
-                    "wanted: expected as many keys as classes have and capacity allows");
-    new_range[2 * c] = total;
-    new_range[2 * c + 1] = k[c];
-    total += k[c];
-    if (k[c] > 0) used.push_back(c);
+    STD_TORCH_CHECK(sizes[c] < INT32_MAX, "ranges: expected classes of fewer than 2^31 keys");
+    others += std::min(sizes[c], largest);
+    largest = std::max(sizes[c], largest);
   }
+  Tensor new_ranges = new_empty(ranges, {C, 1, 2});
+  int64_t* new_range = new_ranges.mutable_data_ptr<int64_t>();
+  for (int64_t c = 0; c < C; ++c) {
+    const int64_t n = sizes[c], k = own ? need : divide_up(n * need, std::max<int64_t>(others, 1));
+    new_range[2 * c] = total;
+    new_range[2 * c + 1] = std::min(n, k);
+    total += std::min(n, k);
+    STD_TORCH_CHECK(total <= capacity, "capacity: expected room for all draws");
+    if (std::min(n, k) > 0) used.push_back(c);
+  }
+  STD_TORCH_CHECK(capacity >= 0, "capacity: expected a count");
   Tensor out = new_empty(ranges, {capacity});
   int64_t* to = out.mutable_data_ptr<int64_t>();
   std::fill(to + total, to + capacity, int64_t{-1});
@@ -94,11 +94,11 @@ std::tuple<Tensor, Tensor> sample_keys(const Tensor& ranges_, const Tensor& name
     const auto before = [&](int64_t t, int64_t c) { return t < new_range[2 * c]; };
     auto at = std::upper_bound(used.begin(), used.end(), begin * kDraws, before) - 1;
     for (int64_t slot = begin * kDraws; slot < last; ++at) {
-      const int64_t c = *at, first = new_range[2 * c];
-      const int64_t stop = std::min(last, first + k[c]);
-      const Parts parts{range + 2 * c * G, G};
-      const uint32_t own = fold(state, static_cast<uint32_t>(name[c]));
-      draw(parts, parts.size(), k[c], own, slot - first, stop - first, order, to + slot);
+      const int64_t c = *at, first = new_range[2 * c], k = new_range[2 * c + 1];
+      const int64_t stop = std::min(last, first + k);
+      const Parts parts{range + 2 * c * G};
+      const uint32_t of_class = fold(state, static_cast<uint32_t>(name[c]));
+      draw(parts, sizes[c], k, of_class, slot - first, stop - first, order, to + slot);
       slot = stop;
     }
   });

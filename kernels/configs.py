@@ -80,6 +80,13 @@ POSITIVES = {
     (4, 512): Launch(16, 16, 4, 2),
 }
 
+# The same without a cut: in a small block few anchors wait while the keys of another's class are read.
+POSITIVES_SMALL = {
+    (90, 2, 128): Launch(32, 32, 4, 2),
+    (90, 2, 256): Launch(32, 32, 4, 2),
+    (100, 2, 256): Launch(32, 32, 4, 2),
+}
+
 # The keys' side of the gradient: anchors of a step, keys of a block.
 KEYS_GRAD = {
     (2, 64): Launch(32, 32, 4, 2),
@@ -105,9 +112,6 @@ HARDEST = {
 
 # merge_kernel: rows of a block
 MERGE = Launch(4, 0, 4, 1)
-
-# cut_kernel: 16384 halves of a row in 32 registers
-CUT_WARPS = 16
 
 
 def _width(channels: int) -> int:
@@ -138,9 +142,11 @@ def negatives(generation: int, dtype: torch.dtype, channels: int, running: bool,
     return NEGATIVES.get(row, NEGATIVES[first])
 
 
-def positives(dtype: torch.dtype, channels: int) -> Launch:
+def positives(generation: int, dtype: torch.dtype, channels: int, is_cut: bool) -> Launch:
     """Settings of positives_kernel."""
-    return POSITIVES[dtype.itemsize, _width(channels)]
+    shape = (dtype.itemsize, _width(channels))
+    small = None if is_cut else POSITIVES_SMALL.get((family(generation), *shape))
+    return POSITIVES[shape] if small is None else small
 
 
 def keys_grad(dtype: torch.dtype, channels: int) -> Launch:
@@ -151,6 +157,11 @@ def keys_grad(dtype: torch.dtype, channels: int) -> Launch:
 def hardest(dtype: torch.dtype, channels: int) -> Launch:
     """Settings of the walks of `hardest`."""
     return HARDEST[dtype.itemsize, _width(channels)]
+
+
+def cut_warps(places: int) -> int:
+    """Warps of a program that holds so many halves of a row: few, since each adds up at every step."""
+    return 4 if places <= 2**15 else 8
 
 
 def order_warps(capacity: int) -> int:

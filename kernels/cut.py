@@ -20,7 +20,7 @@ from pico_fast.kernels.rows import (
 )
 
 # keys of a row that a step of the search reads side by side
-LANES = tl.constexpr(2048)
+LANES = tl.constexpr(1024)
 MOST = tl.constexpr(65504.0)
 
 
@@ -55,7 +55,7 @@ def similarity_kernel(
     key_order,  # [W] int64, or None
     own_key,  # [A] int64, the key that an anchor is itself; or None
     ceiling,  # [A] float32, only less similar keys are pairs; or None
-    halves,  # [A, *] float16, out: hardness of the keys at each place, -inf where a pair is none
+    halves,  # [A, *] float16, out: hardness of the keys at each place, nan where a pair is none
     hardest,  # [splits, A] float32, out: that of the hardest
     n_anchors,
     half_stride,  # a multiple of BN
@@ -103,7 +103,7 @@ def similarity_kernel(
             pair = inside
             if own_key is not None:
                 pair = pair & (key_rows[None, :] != itself[:, None])
-            half = tl.where(pair, halves_of(s), float("-inf"))
+            half = tl.where(pair, halves_of(s), float("nan"))
             s = tl.where(pair, s, float("-inf"))
         else:
             place = position[None, :]
@@ -111,13 +111,13 @@ def similarity_kernel(
             half = halves_of(s)
             if ceiling is not None:
                 under = s >= top[:, None]  # nan lies below it, so that it shows
-                half = tl.where(under, float("-inf"), half)
+                half = tl.where(under, float("nan"), half)
                 s = tl.where(under, float("-inf"), s)
             # only the few tiles that touch an own class or the end pay for a mask
             if (first < block_end) & (first + BN > block_begin) | (first + BN > end):
                 pair = (place < own_begin[:, None]) | (place >= own_end[:, None])
                 pair = pair & there[None, :]
-                half = tl.where(pair, half, float("-inf"))
+                half = tl.where(pair, half, float("nan"))
                 s = tl.where(pair, s, float("-inf"))
         most = tl.maximum(most, tl.max(s, 1))
         tl.store(of_row + place, half, mask=inside)
@@ -148,6 +148,20 @@ def count_on(
 
 
 @triton.jit
+def widened(
+    low,  # [LANES] float16
+    high,  # [LANES] float16
+    half,  # [LANES] float16, nan where there is none
+):
+    """The least and the greatest so far. Of nan and a number a GPU takes the number, the interpreter nan."""
+    if IS_INTERPRETED:
+        there = half == half
+        return tl.where(there, tl.minimum(low, half), low), tl.where(there, tl.maximum(high, half), high)
+    else:
+        return tl.minimum(low, half), tl.maximum(high, half)
+
+
+@triton.jit
 def total(
     count,  # [LANES] float16
 ):
@@ -157,7 +171,7 @@ def total(
 
 @triton.jit
 def cut_kernel(
-    halves,  # [A, *] float16
+    halves,  # [A, *] float16, nan where a pair is none
     anchor_class,  # [A] int64
     ranges,  # [C, 1, 2] int64
     ends,  # [1] int64, how many keys the sample has
@@ -188,52 +202,51 @@ def cut_kernel(
     lane = tl.arange(0, LANES)
     zero = tl.zeros([LANES], tl.float16)
     x = ()
-    high = zero + float("-inf")
-    low = zero + float("inf")
-    there = zero
+    low, high, there = zero + float("inf"), zero + float("-inf"), zero
     for i in tl.static_range(CHUNKS):
         place = i * LANES + lane
-        # whole vectors; behind the sample's last key its tile ends with -inf
-        half = tl.load(halves + row * half_stride + place, mask=place < upto, other=float("-inf"))
+        # whole vectors; behind the sample's last key its tile ends with nan
+        half = tl.load(halves + row * half_stride + place, mask=place < upto, other=float("nan"))
         if OWN:
-            half = tl.where(place < n, half, float("-inf"))
+            half = tl.where(place < n, half, float("nan"))
         there = count_on(there, half, zero - MOST, False)
-        high = tl.maximum(high, half)
-        low = tl.minimum(low, tl.where(half == float("-inf"), float("inf"), half))
+        low, high = widened(low, high, half)
         x = x + (half,)  # noqa: RUF005 (Triton knows no star)
     m = total(there)
     wanted = tl.minimum(tl.ceil(m.to(tl.float64) * fraction).to(tl.int64), most).to(tl.int32)
-    # the bound lies from `low`, which `enough` keys reach, up to `high`, which at most `wanted` do
+    # the bound lies from `low`, which `enough` keys reach, up to below `high`, which `fewer` than wanted do
     low, high = tl.min(low.to(tl.float32), 0), tl.max(high.to(tl.float32), 0)
-    enough, found, middle = m, -1, high
+    enough, fewer, found, middle = m, 0, -1, high
     while (found != wanted) & (middle > low):
         pivot = zero + middle.to(tl.float16)
         count = zero
         for i in tl.static_range(CHUNKS):
             count = count_on(count, x[i], pivot, False)
         found = total(count)
-        enough = tl.where(found >= wanted, found, enough)
-        low = tl.where(found >= wanted, middle, low)
-        high = tl.where(found >= wanted, high, middle)
+        enough, fewer = tl.where(found >= wanted, found, enough), tl.where(found >= wanted, fewer, found)
+        low, high = tl.where(found >= wanted, middle, low), tl.where(found >= wanted, high, middle)
         half_way = tl.minimum((low + high) * 0.5, MOST).to(tl.float16).to(tl.float32)
         middle = tl.where(half_way < high, half_way, low)
     bound = low.to(tl.float16)
-    # of those that equal it the last ones are too many: first the chunk with the last that counts
-    spare, chunk = enough - wanted, 0
-    for k in tl.static_range(5):
-        if 16 >> k < CHUNKS:
-            later, count = chunk + (16 >> k), zero
-            for i in tl.static_range(CHUNKS):
-                count = count_on(count, x[i], zero + tl.where(i >= later, bound, float("nan")), True)
-            chunk = tl.where(total(count) > spare, later, chunk)
-    count, equal = zero, zero
-    for i in tl.static_range(CHUNKS):
-        count = count_on(count, x[i], zero + tl.where(i >= chunk, bound, float("nan")), True)
-        equal = count_on(equal, x[i], zero + tl.where(i == chunk, bound, float("nan")), True)
-    keep, equal = total(count) - spare, equal.to(tl.int32)
-    at = tl.where((equal != 0) & (tl.cumsum(equal, 0) == keep), chunk * LANES + lane, -1)
+    spare, until = enough - wanted, INT32_MAX
+    if spare > 0:
+        # of those that equal the bound the last ones are too many: first the chunk with the last that counts
+        chunk, keep = 0, wanted - fewer
+        for k in tl.static_range(6):
+            if 32 >> k < CHUNKS:
+                later, count = chunk + (32 >> k), zero
+                for i in tl.static_range(CHUNKS):
+                    count = count_on(count, x[i], zero + tl.where(i >= later, bound, float("nan")), True)
+                found = total(count)
+                keep = tl.where(found > spare, found - spare, keep)
+                chunk = tl.where(found > spare, later, chunk)
+        equal = zero
+        for i in tl.static_range(CHUNKS):
+            equal = count_on(equal, x[i], zero + tl.where(i == chunk, bound, float("nan")), True)
+        equal = equal.to(tl.int32)
+        until = tl.max(tl.where((equal != 0) & (tl.cumsum(equal, 0) == keep), chunk * LANES + lane, -1), 0)
     tl.store(least + row, bound)
-    tl.store(last + row, tl.max(at, 0))
+    tl.store(last + row, until)
     tl.store(pairs + row, m.to(tl.int64))
     split = tl.arange(0, SPLITS)
     top = tl.max(tl.load(hardest + split * n_anchors + row, mask=split < splits, other=float("-inf")), 0)

@@ -4,7 +4,6 @@ A word of 64 bits holds a pair: its similarity, as a number whose order is that 
 key's row, inverted so that of equal similarities the lower row is the greater word. Words of one
 anchor all differ, so "the n greatest" is one set, whatever order they are found in.
 
-    estimate_kernel  the similarity at a rank of each anchor's in a sample of the keys
     hits_kernel      anchors x a split of the keys: a bit for each pair, set where its word
                      reaches the anchor's threshold
     collect_kernel   an anchor: the keys of its bits, which are its candidates
@@ -50,38 +49,6 @@ def number_value(
 ):
     """The hardness that a number stands for, float32."""
     return (number ^ ((number >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def estimate_kernel(
-    sample,  # [R, W] float32 similarities
-    sample_class,  # [W] int32
-    anchor_class,  # [R] int64
-    rank,  # [] int32, 1 for the largest
-    threshold,  # [R] int64, out: the least word of the negative at that rank, or of one behind it
-    W,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    own = tl.load(anchor_class + row).to(tl.int32)
-    # of the similarities that share a slot only the greatest counts: the wanted are few for so many slots
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, W, BLOCK):
-        offset = start + tl.arange(0, BLOCK)
-        inside = offset < W
-        s = tl.load(sample + row * W + offset, mask=inside, other=float("-inf"))
-        of = tl.load(sample_class + offset, mask=inside, other=0)
-        best = tl.maximum(best, tl.where(of == own, float("-inf"), s))
-    number = numbers_of(best, False)
-    wanted = tl.load(rank)
-    found = tl.full([], -2147483648, tl.int64)
-    bit = tl.full([], 2147483648, tl.int64)
-    for _ in range(32):
-        greater = found + bit
-        enough = tl.sum((number >= greater.to(tl.int32)).to(tl.int32), 0) >= wanted
-        found = tl.where(enough, greater, found)
-        bit = bit >> 1
-    tl.store(threshold + row, tl.maximum(found << 32, LEAST))
 
 
 @triton.jit
@@ -158,7 +125,9 @@ def hits_kernel(
     takes_part = own_end >= 0
     begin, n = tiles_of(ends, n_tiles, takes_part, own_begin, own_end, OWN)
     word = tl.load(threshold + rows, mask=inside, other=0)
-    least, until = number_value((word >> 32).to(tl.int32))[:, None], ((word & LOW) ^ LOW)[:, None]
+    least = number_value((word >> 32).to(tl.int32))[:, None]
+    until = tl.minimum((word & LOW) ^ LOW, INT32_MAX).to(tl.int32)[:, None]
+    block_begin, block_end = tl.min(tl.where(takes_part, own_begin, INT32_MAX), 0), tl.max(own_end, 0)
     if own_key is not None:
         itself = tl.load(own_key + rows, mask=inside, other=-1)
     q = load_queries(queries, query_blocks, block * BM, BM, n_anchors, D, BD)
@@ -169,15 +138,19 @@ def hits_kernel(
         there = position < end
         k, key_rows = load_tile(keys, key_blocks, key_order, first, position, there, key_stride, D, BD)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32")
-        pair = (position[None, :] >= own_begin[:, None]) & (position[None, :] < own_end[:, None])
         if OWN:
             s = -s
-            if own_key is not None:
-                pair = pair & (key_rows[None, :] != itself[:, None])
-        else:
-            pair = pair == 0
-        hit = (s > least) | (s != s) | ((s == least) & (key_rows.to(tl.int64)[None, :] <= until))
-        hit = hit & pair & there[None, :]
+        # not "s > least": nan is the hardest
+        hit = ((s <= least) == 0) | ((s == least) & (key_rows.to(tl.int32)[None, :] <= until))
+        # elsewhere all are negatives
+        if (first < block_end) & (first + BN > block_begin) | (first + BN > end):
+            pair = (position[None, :] >= own_begin[:, None]) & (position[None, :] < own_end[:, None])
+            if OWN:
+                if own_key is not None:
+                    pair = pair & (key_rows[None, :] != itself[:, None])
+            else:
+                pair = pair == 0
+            hit = hit & pair & there[None, :]
         of_word = tl.reshape(hit.to(tl.int32), [BM, BN // 32, 32]) << tl.arange(0, 32)[None, None, :]
         tl.store(out + j * (BN // 32), tl.sum(of_word, 2), mask=takes_part[:, None])
 

@@ -30,6 +30,51 @@ def below(
 
 
 @triton.jit
+def sizes_of(
+    ranges,  # [C, PARTS, 2] int64, first position and length
+    c,  # [BC] int32
+    n_classes,
+    PARTS: tl.constexpr,
+):
+    """Keys of classes [BC] int64, 0 behind the last."""
+    n = tl.zeros(c.shape, tl.int64)
+    for part in tl.static_range(PARTS):
+        n += tl.load(ranges + (c.to(tl.int64) * PARTS + part) * 2 + 1, mask=c < n_classes, other=0)
+    return n
+
+
+@triton.jit
+def share_kernel(
+    ranges,  # [C, PARTS, 2] int64
+    until,  # [C] int64, out: keys to draw of each class and of those before it
+    n_classes,
+    need,  # keys that an anchor is to meet
+    PARTS: tl.constexpr,
+    BC: tl.constexpr,
+    OWN: tl.constexpr,
+):
+    lane = tl.arange(0, BC)
+    others = tl.full([], 1, tl.int64)
+    if not OWN:
+        total = tl.zeros([BC], tl.int64)
+        largest = tl.zeros([BC], tl.int64)
+        for start in range(0, n_classes, BC):
+            n = sizes_of(ranges, start + lane, n_classes, PARTS)
+            total += n
+            largest = tl.maximum(largest, n)
+        others = tl.maximum(tl.sum(total, 0) - tl.max(largest, 0), 1)
+    before = tl.full([], 0, tl.int64)
+    for start in range(0, n_classes, BC):
+        n = sizes_of(ranges, start + lane, n_classes, PARTS)
+        wanted = n * 0 + need
+        if not OWN:
+            wanted = (n * need + others - 1) // others
+        wanted = tl.minimum(wanted, n)
+        tl.store(until + start + lane, before + tl.cumsum(wanted, 0), mask=start + lane < n_classes)
+        before += tl.sum(wanted, 0)
+
+
+@triton.jit
 def draw_kernel(
     ranges,  # [C, PARTS, 2] int64, first position and length
     names,  # [C] int64, what classes are called in draws
@@ -61,9 +106,7 @@ def draw_kernel(
         of = tl.where(ends <= slot, more, of)
     first = tl.load(until + of - 1, mask=there & (of > 0), other=0)
     k = tl.load(until + of, mask=there, other=1) - first
-    n = tl.zeros([BN], tl.int64)
-    for part in tl.static_range(PARTS):
-        n += tl.load(ranges + (of.to(tl.int64) * PARTS + part) * 2 + 1, mask=there, other=1)
+    n = tl.where(there, sizes_of(ranges, of, n_classes, PARTS), 1)
     word = tl.load(seed)
     state = fold(fold(tl.zeros([BN], tl.uint32), word.to(tl.uint32)), (word >> 32).to(tl.uint32))
     state = fold(state, purpose.to(tl.uint32))

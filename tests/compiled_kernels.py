@@ -13,7 +13,7 @@ import offline
 import torch
 import triton.language as tl
 from triton.experimental.gluon import language as gl
-from pico_fast.kernels import all_keys, configs, contrast, cut, hardest, merge, synthesis
+from pico_fast.kernels import all_keys, configs, contrast, cut, hardest, merge, sample, synthesis
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # each row of the tables, and for bfloat16 sizes that are no power of two
@@ -98,7 +98,7 @@ def negatives(generation, dtype, channels, running, by_rows, kind=None) -> tuple
 
 
 def similarity(generation, dtype, channels, own) -> tuple:
-    launch = configs.positives(dtype, channels)
+    launch = configs.positives(generation, dtype, channels, True)
     if not own:
         launch = configs.cut(generation, dtype, channels)
     arguments, constants = of_layout(generation, dtype, channels, launch, own)
@@ -124,7 +124,7 @@ def cuts(own, chunks) -> tuple:
         "most": "i32",
         "scale": "fp32",
     }
-    launch = configs.Launch(1, 0, configs.CUT_WARPS, 1)
+    launch = configs.Launch(1, 0, configs.cut_warps(chunks * cut.LANES.value), 1)
     return cut.cut_kernel, arguments, {"CHUNKS": chunks, "SPLITS": 64, "OWN": own}, launch
 
 
@@ -144,7 +144,7 @@ def hopper() -> tuple:
 
 
 def positives(generation, dtype, channels, gather, in_batch, is_cut=False) -> tuple:
-    launch = configs.positives(dtype, channels)
+    launch = configs.positives(generation, dtype, channels, is_cut)
     arguments, constants = of_layout(generation, dtype, channels, launch, gather)
     constants.pop("key_blocks", None)
     arguments.pop("key_blocks", None)
@@ -237,6 +237,21 @@ def compaction() -> list[tuple[str, tuple]]:
     return found
 
 
+def draws() -> list[tuple[str, tuple]]:
+    """What draws and gathers a sample."""
+    arguments = pointers("ranges until", "*i64") | pointers("n_classes need", "i32")
+    constants = {"PARTS": 2, "BC": 1024, "OWN": False}
+    found = [("share_kernel", (sample.share_kernel, arguments, constants, ONE))]
+    arguments = pointers("ranges names key_order until seed drawn new_ranges", "*i64")
+    arguments |= pointers("capacity n_classes purpose", "i32")
+    constants = {"PARTS": 2, "STEPS": 8, "BN": 128}
+    found.append(("draw_kernel", (sample.draw_kernel, arguments, constants, ONE)))
+    arguments = pointers("keys out", "*bf16") | pointers("width key_stride", "i32")
+    arguments |= pointers("key_order ends", "*i64")
+    constants = {"D": 512, "BD": 512, "BN": 16}
+    return [*found, ("gather_kernel 512", (sample.gather_kernel, arguments, constants, ONE))]
+
+
 def by_row(generation) -> list[tuple[str, tuple]]:
     """Kernels of which a program has one anchor: for the smallest shared memory and for Hopper."""
     found = []
@@ -253,15 +268,10 @@ def by_row(generation) -> list[tuple[str, tuple]]:
         constants = {"OWN": False, "CAPACITY": capacity}
         what = (hardest.order_kernel, arguments, constants, launch)
         found.append((f"order_kernel {capacity}", what))
-    arguments = {"sample": "*fp32", "W": "i32", **pointers("sample_class rank", "*i32")}
-    arguments |= pointers("anchor_class threshold", "*i64")
-    launch = configs.Launch(1, 0, configs.order_warps(16384), 1)
-    what = (hardest.estimate_kernel, arguments, {"BLOCK": 16384}, launch)
-    found.append(("estimate_kernel", what))
     if generation == 90:
         found.append(("all_keys bf16 256", hopper()))
-    found += compaction()
-    found += [(f"cut_kernel {chunks}", cuts(chunks < 8, chunks)) for chunks in (1, 5, 11, 32)]
+    found += compaction() + draws()
+    found += [(f"cut_kernel {chunks}", cuts(chunks < 16, chunks)) for chunks in (1, 10, 21, 32, 64)]
     for channels in (256, 1024):
         sizes = {"D": channels, "BD": channels, "ROWS": max(4, min(64, 8192 // channels))}
         of_all = {"keys": "*bf16", "key_stride": "i32", "n": "i32"}

@@ -176,16 +176,17 @@ def layouts() -> None:
 
 
 def sample_keys() -> None:
+    draw = torch.ops.pico_fast.sample_keys
     sizes = torch.tensor([[0, 0], [1, 0], [0, 3], [40, 2], [20_000, 7]])
     first = sizes.flatten().cumsum(0).view(5, 2) - sizes
     ranges = torch.stack([first, sizes], 2)
-    whole, names = sizes.sum(1), torch.arange(5) * 2**60
-    for wanted in (whole, whole * 0, (whole + 1) // 2, whole.clamp(max=1)):
-        for spare, order in ((0, None), (9, torch.arange(int(whole.sum())).flip(0))):
-            room = int(wanted.sum()) + spare
-            for of, called, asked in placed(ranges, names, wanted):
-                torch.ops.pico_fast.sample_keys(of, called, order, asked, SEED, 6, room)
-    torch.ops.pico_fast.sample_keys(ranges[:0], names[:0], None, whole[:0], SEED, 6, 0)
+    names, total = torch.arange(5) * 2**60, int(sizes.sum())
+    for own, need in itertools.product((True, False), (0, 1, 3, 10_001, 2**31 - 2)):
+        drawn = draw(ranges, names, None, need, own, SEED, total)[1].select(2, 1)
+        for room, order in ((int(drawn.sum()), None), (total + 9, torch.arange(total).flip(0))):
+            for of, called in placed(ranges, names):
+                draw(of, called, order, need, own, SEED, room)
+    draw(ranges[:0], names[:0], None, 3, False, SEED, 0)
 
 
 def picked(n: int, k: int, n_keys: int) -> torch.Tensor:

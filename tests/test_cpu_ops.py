@@ -237,25 +237,25 @@ def test_the_gradient_of_keys_adds_up(sizes, n_anchors, more, is_cut, own):
     close(ops.keys_grad(*work, *cut, own, lse, factor, TAU), expected)
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("ordered", [False, True])
-def test_the_sample_is_the_hash(ordered):
+def test_the_sample_is_the_hash(ordered, own):
     work = layout([70, 41, 0, 90, 20_000, 33, 1, 57], 3, ordered=ordered)
-    sizes = work.ranges[:, :, 1].sum(1)
-    wanted = torch.tensor([70, 5, 0, 1, 19_000, 0, 1, 56])
+    sizes = work.ranges[:, :, 1].sum(1).tolist()
+    others = sum(sizes) - max(sizes)
+    wanted = [min(n, 41) if own else -(-n * 41 // others) for n in sizes]
     names = torch.arange(8) * 3 + 2**33
-    seed = torch.tensor(-12345)
-    order, ranges = ops.sample_keys(
-        work.ranges, names, work.key_order, wanted, seed, 6, int(wanted.sum()) + 4
-    )
+    seed, stream = torch.tensor(-12345), draws.POSITIVE if own else draws.NEGATIVE
+    order, ranges = ops.sample_keys(work.ranges, names, work.key_order, 41, own, seed, sum(wanted) + 4)
     expected, first = [], 0
-    for c, (k, n) in enumerate(zip(wanted.tolist(), sizes.tolist(), strict=True)):
+    for c, (k, n) in enumerate(zip(wanted, sizes, strict=True)):
         positions = torch.cat([torch.arange(f, f + m) for f, m in work.ranges[c].tolist()])
         rows = positions if work.key_order is None else work.key_order[positions]
         assert ranges[c].tolist() == [[first, k]]
         first += k
         if k == 0:
             continue
-        state = draws.hash32(seed, 6, int(names[c]))
+        state = draws.hash32(seed, stream, int(names[c]))
         t = torch.arange(k)
         begin, end = t * n // k, (t + 1) * n // k
         place = begin + draws.below(draws.fold(state, t), end - begin) + draws.below(state, n)

@@ -1,11 +1,13 @@
 """The Triton kernels of the sample and its cut: interpreted without a GPU, for real with one."""
 
+import itertools
 import math
 
 import kernel_scenes as scenes
 import pytest
 import torch
 from kernel_scenes import DEVICE
+from torch.nn.functional import pad
 
 from pico_fast.contrast import eager as sums
 from pico_fast.selection import eager
@@ -27,14 +29,17 @@ def tf32():
 
 
 def cut_rows(rows, fraction, most, own=False):
-    """What cut_kernel makes of rows [A, width] float16, and of a class or a sample as long as they."""
+    """What cut_kernel makes of rows [A, width] float16, and of a class or a sample as long as they.
+
+    A pair is none where it is -inf here and nan there.
+    """
     n, width = rows.shape
     out = bounds.Bounds(
         *(torch.full((n,), 77).to(DEVICE, t) for t in (rows.dtype, torch.int32, torch.float, torch.long))
     )
     hardest = rows.float().amax(1).unsqueeze(0).contiguous()
     kernels.cut_kernel[(n,)](
-        halves=torch.nn.functional.pad(rows, (0, -width % 128), value=-math.inf),
+        halves=pad(rows.masked_fill(rows == -math.inf, math.nan), (0, -width % 128), value=math.nan),
         anchor_class=torch.zeros(n, dtype=torch.int64, device=DEVICE),
         ranges=torch.tensor([[[0, width]]], device=DEVICE),
         ends=torch.tensor(width, device=DEVICE),
@@ -48,7 +53,7 @@ def cut_rows(rows, fraction, most, own=False):
         CHUNKS=width // kernels.LANES.value + 1,
         SPLITS=64,
         OWN=own,
-        num_warps=16,
+        num_warps=4,
         **out._asdict(),
     )
     return out
@@ -71,7 +76,7 @@ def rows_of(kind, n, width, g):
 @pytest.mark.parametrize("kind", ("random", "ties", "equal", "few", "long"))
 def test_the_cut_is_that_of_a_sort(kind, fraction, most):
     g = torch.Generator().manual_seed(len(kind) + most % 7)
-    for width in (1, 37, 2048, 4500):
+    for width in (1, 37, 2048, 4500, 34_000):
         rows = rows_of(kind, 3, width, g)
         least, last, shift, pairs = cut_rows(rows, fraction, most, own=width == 37)
         there = rows > -math.inf
@@ -191,20 +196,19 @@ def test_what_the_kernels_are_not_for():
     assert bounds.takes(wide, Cut(None, 9, 0.5), True)
 
 
-@pytest.mark.parametrize(("classes", "parts", "most"), [(1, 1, 5), (4, 2, 30), (171, 2, 12), (33, 3, 7)])
+@pytest.mark.parametrize(
+    ("classes", "parts", "most"), [(1, 1, 5), (4, 2, 30), (171, 2, 12), (33, 3, 7), (2500, 1, 3)]
+)
 @pytest.mark.parametrize("seed", (0, -7, 2**62 + 12345))
 def test_draws_are_those_of_pytorch(classes, parts, most, seed):
     g = torch.Generator().manual_seed(seed % 1000)
     length = torch.randint(0, most + 1, (classes, parts), generator=g)
     first = torch.arange(classes * parts).view(classes, parts) * most
-    ranges, n = torch.stack([first, length], 2), length.sum(1)
-    names = torch.randint(0, 2**62, (classes,), generator=g)
-    order = torch.randperm(classes * parts * most, generator=g)
-    for wanted in (n, (torch.rand(classes, generator=g) * (n + 1)).long().clamp(max=n)):
-        for key_order in (None, order):
-            args = (ranges, names, key_order, wanted, torch.tensor(seed))
-            args = [x if x is None else x.to(DEVICE) for x in args]
-            rest = (6, int(wanted.sum()) + 17)
-            assert selection.takes_sample(*args, *rest)
-            found, expected = (page.sample_keys(*args, *rest) for page in (selection, eager))
-            assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    ranges, total = torch.stack([first, length], 2).to(DEVICE), int(length.sum())
+    names = torch.randint(0, 2**62, (classes,), generator=g).to(DEVICE)
+    order = torch.randperm(classes * parts * most, generator=g).to(DEVICE)
+    for own, need, key_order in itertools.product((True, False), (1, total // 5, 10**6), (None, order)):
+        args = (ranges, names, key_order, need, own, torch.tensor(seed).to(DEVICE), total + 17)
+        assert selection.takes_sample(*args)
+        found, expected = (page.sample_keys(*args) for page in (selection, eager))
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))

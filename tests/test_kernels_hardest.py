@@ -95,21 +95,25 @@ def test_from_a_sample_and_its_repair(kind, monkeypatch):
     assert repaired == [used] if kind == "duplicates" else repaired[0] < used
 
 
-@pytest.mark.parametrize("slots", (16, 64, 256))
-def test_an_estimate_lets_a_little_more_through(slots):
-    """The word at a rank of the negatives of a sample, or one somewhat below it."""
-    g = torch.Generator().manual_seed(0)
-    s, of = torch.randn(5, 200, generator=g), torch.randint(0, 3, (200,), generator=g)
-    mine, threshold = torch.tensor([0, 1, 2, 0, 5]), torch.zeros(5, dtype=torch.int64)
-    rank = torch.tensor(9, dtype=torch.int32)
-    args = [x.to(DEVICE) for x in (s, of.int(), mine, rank, threshold)]
-    gpu.kernels.estimate_kernel[(5,)](*args, 200, BLOCK=slots)
-    ordered = args[4].cpu() >> 32
-    found = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).int().view(torch.float32)
-    rows = s.masked_fill(of == mine[:, None], -math.inf)
-    exact = rows.topk(9, dim=1).values[:, -1]
-    assert (found <= exact).all() and (slots < 256 or torch.equal(found, exact))
-    assert ((rows >= found[:, None]).sum(1) <= (9 if slots == 256 else 40)).all()
+@pytest.mark.parametrize("kind", ("full bank", "bank", "labels"))
+def test_an_estimate_lets_a_little_more_through(kind):
+    """The similarity at a rank of every 16th key, or down to the next; every key where these are few."""
+    of = scenes.layout(kind, 12, 16, 4, 400)
+    side = gpu._Side(gpu.launches.dense(of), False, 16)
+    number = gpu._sampled_threshold(side).cpu() >> 32
+    found = torch.where(number < 0, number ^ 0x7FFFFFFF, number).int().view(torch.float32)
+    classes = eager.class_of_positions(of.ranges, gpu.launches.n_positions(of))
+    position = (classes >= 0).nonzero()[::16, 0]
+    keys = of.keys[position if of.key_order is None else of.key_order[position]]
+    s = of.anchors.float() @ keys.float().T
+    s = s.masked_fill(of.anchor_class[:, None] == classes[position], -math.inf)
+    rank = 1 + 6  # 16 keys are one of every 16th
+    *_, exact, behind = s.topk(rank + 1, dim=1).values.cpu().unbind(1)
+    used, is_few = (of.anchor_class >= 0).cpu(), ((s > -math.inf).sum(1) <= rank).cpu()
+    assert torch.equal((found == -math.inf)[used], is_few[used])
+    used &= ~is_few
+    assert used.any()
+    assert (found <= exact)[used].all() and (found >= behind - behind.abs() * 2.0**-9)[used].all()
 
 
 def test_a_similarity_of_nan_is_the_hardest():

@@ -35,7 +35,7 @@ def calls(dtype):
         "negatives": (of, none, 0.1, True),
         "positives": (of, none, row, 0.1, True),
         "keys_grad": (of, none, False, row, row, 0.1),
-        "sample_keys": (of.ranges, of.names, None, of.sizes // 2, torch.tensor(3), 6, 60),
+        "sample_keys": (of.ranges, of.names, None, 7, False, torch.tensor(3), 60),
         "hardest": (of, False, None, 5, False),
         "weighted_rows": (of.keys, index, weight),
         "mix_negatives": (of.anchors, of.keys, index, of.order, 3, 2, 0.1, torch.tensor(1)),

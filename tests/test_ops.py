@@ -45,7 +45,7 @@ def of_layout(name, kind):
     tensors, n = work.tensors, len(work.anchors)
     ceiling = torch.full((n,), 0.5)
     if name == "sample_keys":
-        return [(work.ranges, work.names, work.key_order, work.sizes // 2, seed, 6, 20)]
+        return [(work.ranges, work.names, work.key_order, 2, own, seed, 20) for own in (True, False)]
     if name == "hardest":
         return [(*tensors, True, None, 3, True), (*tensors, False, ceiling, 4, False)]
     none, lse, factor = tuple(Cut()), torch.randn(n), torch.rand(n)

@@ -49,8 +49,14 @@ class Side(NamedTuple):
     layout: Layout  # of this rank's anchors, or where the keys stay in shares of all ranks'
     cut: Cut
     picks: Picks | None  # where the keys stay in shares in rank order, else in class order
-    count: Tensor  # [A] int64, how many keys count for each of this rank's anchors; with a ceiling at most
+    offered: Tensor | None  # [A] int64, keys for each of this rank's anchors; None: those below a ceiling
     share: Share | None  # set where the keys stay in shares
+
+    def count(self, below: Tensor | None = None) -> Tensor:
+        """How many keys count for each of this rank's anchors [A] int64, of so many `below` a ceiling."""
+        if self.picks is not None:
+            return self.offered.clamp(max=self.picks.index.shape[1])
+        return self.cut.wanted(below if self.offered is None else self.offered)
 
 
 class Rows(NamedTuple):
@@ -91,7 +97,8 @@ def choose(
     is_sampled, stays = selection.needed(own) is not None, None
     if is_sampled:
         layout = draw_sample(layout, selection, own, seed, share and share.slots)
-    available, count = layout.available(own), selection.count(own)
+    count, is_bounded = selection.count(own), selection.strategy(own) == "bounded"
+    offered = None if is_bounded else layout.available(own)
     if share is not None and share.ranks is not None:
         stays = None if is_sampled else share
         if is_sampled:
@@ -102,15 +109,13 @@ def choose(
             layout = shares.everyone(layout, share)
     cut = Cut()
     if selection.is_cut(own):
-        ceiling = mean_similarity(pulled) if selection.strategy(own) == "bounded" else None
-        cut = Cut(ceiling, count, selection.hard_fraction)
-    picks, wanted = None, cut.wanted(available)
+        cut = Cut(mean_similarity(pulled) if is_bounded else None, count, selection.hard_fraction)
+    picks = None
     if selection.strategy(own) == "hardest":
-        wanted = available.clamp(max=count)
         picks = Picks(*choosing.hardest(layout, own, None, count, False)[:2])
         if stays is not None:
-            picks = shares.cut(Picks(*map(layout.restore, picks)), stays, own, wanted)
-    return Side(own, layout, cut, picks, wanted, stays)
+            picks = shares.cut(Picks(*map(layout.restore, picks)), stays, own, offered.clamp(max=count))
+    return Side(own, layout, cut, picks, offered, stays)
 
 
 def mean_similarity(pulled: Side) -> Tensor:
@@ -118,10 +123,9 @@ def mean_similarity(pulled: Side) -> Tensor:
     layout = pulled.layout
     nothing = torch.full_like(layout.anchor_class, -math.inf, dtype=layout.dtype)
     similar = ops.positives(layout, Cut(), nothing, 1.0, False).similar
-    n = layout.available(True).to(similar.dtype)
     if pulled.share is not None:
-        similar, n = shares.add(pulled.share.ranks, *map(layout.restore, (similar, n)))
-    return torch.where(n > 0, similar / n.clamp(min=1), math.inf)
+        (similar,) = shares.add(pulled.share.ranks, layout.restore(similar))
+    return torch.where(pulled.offered > 0, similar / pulled.offered, math.inf)
 
 
 def pool_of(side: Side, selection: Selection, size: int) -> Picks:
@@ -132,12 +136,15 @@ def pool_of(side: Side, selection: Selection, size: int) -> Picks:
     index, similarity, below = choosing.hardest(side.layout, *asked)
     if side.share is not None:
         return Picks(side.layout.restore(index), side.layout.restore(similarity))
-    count = side.count if side.cut.ceiling is None else side.cut.wanted(below)
-    behind = torch.arange(size, device=index.device) >= count.unsqueeze(1)
+    behind = torch.arange(size, device=index.device) >= side.count(below).unsqueeze(1)
     return Picks(index.masked_fill(behind, -1), similarity.masked_fill(behind, 0.0))
 
 
-def mix(side: Side, row: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def mix(
+    side: Side,
+    row: Tensor,  # [A] int64, number of each of this rank's anchors among those of all ranks
+    options: Options,
+) -> tuple[Tensor, Tensor]:
     """Log-sum [A] of mixed negatives and their softmax mean [A, D]; in shares this share's part of them."""
     *counts, size = options.mixes
     pool, how = pool_of(side, options.selection, size), (options.temperature, options.seed)
@@ -146,7 +153,11 @@ def mix(side: Side, row: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     return choosing.mix_negatives(side.layout.anchors, side.layout.keys, pool.index, row, *counts, *how)
 
 
-def sum_negatives(side: Side, row: Tensor, options: Options) -> Negatives:
+def sum_negatives(
+    side: Side,
+    row: Tensor,  # [A] int64, number of each of this rank's anchors
+    options: Options,
+) -> Negatives:
     """What the negatives of this rank's anchors add up to, mixes included."""
     layout, how = side.layout, (options.temperature, options.want_gradient)
     if side.picks is not None:
@@ -156,7 +167,7 @@ def sum_negatives(side: Side, row: Tensor, options: Options) -> Negatives:
         if side.share is not None:
             found = Negatives(*(layout.restore(x) if x.numel() else x for x in found))
     if options.mixes is not None:
-        lse, mean = merge(found.lse, found.mean, *mix(side, row, options))
+        lse, mean = merge(found.lse, found.mean, *mix(side, row + options.first_row, options))
         found = found._replace(lse=lse, mean=mean)
     return found if side.share is None else shares.merge_negatives(side.share.ranks, found)
 
@@ -184,22 +195,23 @@ def finish(
     pulled: Side, pushed: Side, positives: Positives, negatives: Negatives, options: Options
 ) -> Rows:
     """Losses and gradients, from what both sides add up to."""
-    n = pulled.count.clamp(min=1)
-    share = torch.where(pulled.count > 0, 1 / n.to(positives.loss.dtype), 0.0)
+    n = pulled.count()
+    share = n.clamp(min=1).to(positives.loss.dtype).reciprocal()
     pull = share / options.temperature
     push = pull * positives.weight
-    n_pushed = pushed.count if pushed.cut.ceiling is None else pushed.cut.wanted(negatives.below)
-    means = (positives.similar / n, negatives.away / n_pushed.clamp(min=1))
+    away = negatives.away / pushed.count(negatives.below).clamp(min=1)
     gradient = positives.pull
     if options.want_gradient:
-        gradient = push.unsqueeze(1) * negatives.mean - pull.unsqueeze(1) * positives.pull
-    return Rows(positives.loss * share, pulled.count > 0, *means, gradient, negatives.lse, pull, push)
+        pushes = push.unsqueeze(1) * negatives.mean
+        gradient = pushes.addcmul_(pull.unsqueeze(1), positives.pull, value=-1)
+    loss, similar = positives.loss * share, positives.similar * share
+    return Rows(loss, n > 0, similar, away, gradient, negatives.lse, pull, push)
 
 
 def contrast(layout: Layout, share: Share | None, options: Options) -> tuple[Rows, Side, Side]:
     """Rows of this rank's anchors in class order, and the two sides that they come from."""
     pulled = choose(layout, share, options.selection, True, options.seed)
     pushed = choose(layout, share, options.selection, False, options.seed, pulled)
-    negatives = sum_negatives(pushed, layout.order + options.first_row, options)
+    negatives = sum_negatives(pushed, layout.order, options)
     positives = sum_positives(pulled, negatives.lse, options)
     return finish(pulled, pushed, positives, negatives, options), pulled, pushed

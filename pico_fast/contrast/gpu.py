@@ -216,7 +216,8 @@ def positives(
     layout = launches.dense(layout)
     anchors, keys = layout.anchors, layout.keys
     n_anchors, channels = anchors.shape
-    launch = configs.positives(keys.dtype, channels)
+    generation = launches.gpu(keys.device)[0]
+    launch = configs.positives(generation, keys.dtype, channels, not cut.is_none)
     # a class is a small part of the keys: no more parts than can be busy
     tiles = triton.cdiv(launches.n_positions(layout), launch.BN)
     splits = launches.splits(layout, launch, min(8, tiles))

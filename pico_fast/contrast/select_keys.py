@@ -31,7 +31,8 @@ def _select(layout: Layout, selection: Selection, seed: Tensor) -> list[Tensor]:
         if strategy == "all":
             width = layout.keys.shape[0]
         elif strategy == "random":  # the one number that is read back
-            width = int(side.count.max()) if side.count.numel() else 0
+            count = side.count()
+            width = int(count.max()) if count.numel() else 0
         found.append(flow.pool_of(side, selection, width))
     return [layout.restore(x) for pair in zip(*found, strict=True) for x in pair]
 

@@ -122,7 +122,7 @@ def _bounds_of(
         scale=scale,
         CHUNKS=triton.cdiv(stride, kernels.LANES.value),
         SPLITS=_SPLITS,
-        num_warps=configs.CUT_WARPS,
+        num_warps=configs.cut_warps(stride),
         **shared,
         **out._asdict(),
     )

@@ -17,17 +17,22 @@ def sample_keys(
     ranges: Tensor,  # [C, G, 2] int64
     names: Tensor,  # [C] int64
     key_order: Tensor | None,  # [W] int64
-    wanted: Tensor,  # [C] int64
+    need: int,
+    own: bool,
     seed: Tensor,  # [] int64
-    stream: int,
     capacity: int,
 ) -> tuple[Tensor, Tensor]:
     """The op `sample_keys`: keys drawn of each class [capacity], -1 behind the last; ranges [C, 1, 2]."""
-    until = wanted.cumsum(0)
-    slot = torch.arange(capacity, device=wanted.device)
+    sizes = ranges.select(2, 1).sum(1)
+    wanted = sizes.clamp(max=need)
+    if not own:
+        others = (sizes.sum() - sizes.max()).clamp(min=1)
+        wanted = torch.minimum((sizes * need + others - 1) // others, sizes)
+    until, stream = wanted.cumsum(0), draws.POSITIVE if own else draws.NEGATIVE
+    slot = torch.arange(capacity, device=sizes.device)
     of = torch.searchsorted(until, slot, right=True).clamp(max=wanted.shape[0] - 1)
     there = slot < until[-1:]
-    n = ranges.select(2, 1).sum(1).gather(0, of).clamp(min=1)
+    n = sizes.gather(0, of).clamp(min=1)
     k = wanted.gather(0, of).clamp(min=1)
     t = torch.where(there, slot - (until - wanted).gather(0, of), 0)
     state = draws.hash32(seed, stream, names.gather(0, of))

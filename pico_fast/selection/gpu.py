@@ -6,34 +6,33 @@ class is a small part of the keys, get their exact threshold digit by digit. Who
 known on the device alone: walks in which nobody takes part end at once.
 """
 
+import math
+
 import torch
 import triton
 from torch import Tensor
 
-from pico_fast import reference
+from pico_fast import draws, reference
 from pico_fast.kernels import configs, sample, synthesis
 from pico_fast.kernels import hardest as kernels
+from pico_fast.selection import bounds as bounding
 from pico_fast.selection import launch as launches
-from pico_fast.selection.layout import Layout
+from pico_fast.selection.layout import Cut, Layout
 
 # most keys that the kernels select on one side; consumer cards sort half as many
 MAX_COUNT = 4096
 # most channels of rows that a program of `synthesis` holds
 MAX_CHANNELS = 1024
-# keys of a sample; similarities of a block of anchors with it; slots in which estimate_kernel holds them
-_SAMPLE = 2**16
-_SAMPLE_VALUES = 2**24
-_SLOTS = 2**14
 # up to so many keys for each one wanted, digits cost less than a sample
 _FEW = 32
-# slots of a program that draws
-_DRAWS = 128
+# classes that a program shares out at a time; slots of a program that draws
+_CLASSES, _DRAWS = 1024, 128
 # words of a row's bits read at a time; values of rows that a program multiplies
 _WORDS, _VALUES = 1024, 8192
 _LEAST = kernels.LEAST.value
 
 
-def takes_sample(ranges: Tensor, names: Tensor, key_order: Tensor | None, wanted: Tensor, *rest) -> bool:
+def takes_sample(ranges: Tensor, names: Tensor, key_order: Tensor | None, *rest) -> bool:
     """Whether the kernel is for these: some classes and slots."""
     capacity = rest[-1]
     return ranges.shape[0] > 0 and 0 < capacity < 2**31 and (key_order is None or len(key_order) > 0)
@@ -43,25 +42,28 @@ def sample_keys(
     ranges: Tensor,  # [C, G, 2] int64
     names: Tensor,  # [C] int64
     key_order: Tensor | None,  # [W] int64
-    wanted: Tensor,  # [C] int64
+    need: int,
+    own: bool,
     seed: Tensor,  # [] int64
-    stream: int,
     capacity: int,
 ) -> tuple[Tensor, Tensor]:
     """The op `sample_keys`: keys drawn of each class [capacity], -1 behind the last; ranges [C, 1, 2]."""
     n_classes, parts = ranges.shape[:2]
-    drawn, new_ranges = ranges.new_empty(capacity), ranges.new_empty(n_classes, 1, 2)
+    ranges = ranges.contiguous()
+    until, drawn = ranges.new_empty(n_classes), ranges.new_empty(capacity)
+    new_ranges = ranges.new_empty(n_classes, 1, 2)
+    sample.share_kernel[(1,)](ranges, until, n_classes, need, PARTS=parts, BC=_CLASSES, OWN=own)
     sample.draw_kernel[(triton.cdiv(max(capacity, n_classes), _DRAWS),)](
-        ranges=ranges.contiguous(),
+        ranges=ranges,
         names=names.contiguous(),
         key_order=key_order if key_order is None else key_order.contiguous(),
-        until=wanted.cumsum(0),
+        until=until,
         seed=seed,
         drawn=drawn,
         new_ranges=new_ranges,
         capacity=capacity,
         n_classes=n_classes,
-        purpose=stream,
+        purpose=draws.POSITIVE if own else draws.NEGATIVE,
         PARTS=parts,
         STEPS=n_classes.bit_length(),
         BN=_DRAWS,
@@ -178,53 +180,39 @@ class _Side:
         return index, similarity
 
 
-def _inner_products(queries: Tensor, keys: Tensor) -> Tensor:
-    """Inner products [n, W] float32 of queries [n, D] and keys [W, D] of one dtype."""
-    if queries.is_cuda and queries.dtype != torch.float32:
-        return torch.mm(queries, keys.T, out_dtype=torch.float32)
-    return queries.float() @ keys.float().T
+def _thinned(layout: Layout, step: int) -> Layout:
+    """Every `step`-th key in use."""
+    first, length = layout.ranges.flatten(0, 1).unbind(1)
+    behind = length.cumsum(0)
+    place = torch.arange(0, launches.n_positions(layout), step, device=first.device)
+    part = torch.searchsorted(behind, place, right=True).clamp(max=len(behind) - 1)
+    rows = first.take(part) + place - (behind - length).take(part)
+    rows = rows.clamp(max=launches.n_positions(layout) - 1)
+    if layout.key_order is not None:
+        rows = layout.key_order.take(rows)
+    until = (behind.view(layout.ranges.shape[:2])[:, -1:] + step - 1) // step
+    begin = torch.nn.functional.pad(until, (0, 0, 1, 0))[:-1]
+    return layout._replace(key_order=rows, ranges=torch.stack([begin, until - begin], 2), own_key=None)
 
 
 def _sampled_threshold(side: _Side) -> Tensor:
     """A word [A] that somewhat more than the wanted negatives of each anchor should reach.
 
-    A sample of all keys in use holds of each anchor's wanted about as large a part, t, give or take the
-    root of t. Six roots more are let through.
+    Of every `step`-th key as large a part is wanted, t, give or take the root of t. Six roots more are let
+    through; and every key of anchors that meet no more of the sample.
     """
-    layout = side.layout
-    anchors, anchor_class, keys, key_order, ranges, _ = layout.tensors
-    first, length = ranges.flatten(0, 1).unbind(1)
-    behind = length.cumsum(0)
-    n_used = behind[-1]
-    size = min(_SAMPLE, max(launches.n_positions(layout) // 16, 1))
-    # evenly over all positions in use, so over all classes
-    place = torch.arange(size, device=first.device) * n_used // size
-    part = torch.searchsorted(behind, place, right=True).clamp(max=len(behind) - 1)
-    position = first.take(part) + place - (behind - length).take(part)
-    rows = position.clamp(max=launches.n_positions(layout) - 1)
-    if key_order is not None:
-        rows = key_order.take(rows).clamp(min=0)
-    keys = keys.index_select(0, rows).to(anchors.dtype)
-    sample_class = (part // ranges.shape[1]).int()
-    t = side.count * size / n_used.clamp(min=1)
-    rank = (t + 6 * t.sqrt()).ceil().int()
-    threshold = torch.empty_like(anchor_class)
-    block = max(1, _SAMPLE_VALUES // size)
-    slots = min(_SLOTS, max(16, triton.next_power_of_2(size)))
-    for begin in range(0, len(threshold), block):
-        here = slice(begin, begin + block)
-        s = _inner_products(anchors[here], keys)
-        kernels.estimate_kernel[(len(s),)](
-            s,
-            sample_class,
-            anchor_class[here],
-            rank,
-            threshold[here],
-            size,
-            BLOCK=slots,
-            num_warps=configs.order_warps(slots),
-        )
-    return threshold
+    n = launches.n_positions(side.layout)
+    step = max(16, triton.cdiv(n, bounding.MOST_WIDTH))
+    t = side.count / step
+    cut = Cut(None, math.ceil(t + 6 * math.sqrt(t)))
+    layout, ends = bounding.gathered(_thinned(side.layout, step))
+    launch = configs.cut(launches.gpu(layout.keys.device)[0], layout.keys.dtype, layout.keys.shape[1])
+    found = bounding.bounds(layout, cut, False, ends, launch, 1.0)
+    # as a half it may be rounded up
+    least = found.least.float().clamp(max=65504)
+    bits = (least - least.abs() * 2.0**-11).view(torch.int32)
+    word = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    return torch.where(found.pairs <= cut.count, _LEAST, word)
 
 
 def hardest(

@@ -70,15 +70,18 @@ class Layout(NamedTuple):
     @property
     def sizes(self) -> Tensor:
         """Keys of each class: [C] int64."""
-        return self.ranges.select(2, 1).sum(1)
+        length = self.ranges.select(2, 1)
+        return length.squeeze(1) if length.shape[1] == 1 else length.sum(1)
 
     def available(self, own: bool) -> Tensor:
         """Positives (`own`) or negatives that each anchor is offered: [A] int64."""
-        sizes, used = self.sizes, self.anchor_class >= 0
-        mine = sizes.gather(0, self.anchor_class.clamp(min=0))
+        sizes = self.sizes
+        of_class = sizes if own else sizes.sum() - sizes
+        # the class of an empty slot is -1, the last one
+        found = torch.nn.functional.pad(of_class, (0, 1))[self.anchor_class]
         if own and self.own_key is not None:
-            mine = mine - self.has_itself().long()
-        return torch.where(used, mine if own else sizes.sum() - mine, 0)
+            found = found - self.has_itself().long()
+        return found
 
     def has_itself(self) -> Tensor:
         """Whether the key that an anchor is itself is among those of the layout: [A] bool."""

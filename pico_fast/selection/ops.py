@@ -19,8 +19,8 @@ LAYOUT = (
     "Tensor anchors, Tensor anchor_class, Tensor keys, Tensor? key_order, Tensor ranges, Tensor? own_key"
 )
 _SCHEMAS = {
-    "sample_keys": "(Tensor ranges, Tensor names, Tensor? key_order, Tensor wanted, Tensor seed,"
-    " int stream, SymInt capacity) -> (Tensor key_order, Tensor ranges)",
+    "sample_keys": "(Tensor ranges, Tensor names, Tensor? key_order, SymInt need, bool own,"
+    " Tensor seed, SymInt capacity) -> (Tensor key_order, Tensor ranges)",
     "hardest": f"({LAYOUT}, bool own, Tensor? ceiling, SymInt count, bool by_place)"
     " -> (Tensor index, Tensor similarity, Tensor below)",
     "weighted_rows": "(Tensor keys, Tensor index, Tensor weight) -> Tensor",
@@ -64,7 +64,7 @@ def hardest(layout: Layout, *rest) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 @torch.library.register_fake("pico_fast::sample_keys")
-def _(ranges, names, key_order, wanted, seed, stream, capacity):
+def _(ranges, names, key_order, need, own, seed, capacity):
     return ranges.new_empty(capacity), ranges.new_empty(ranges.shape[0], 1, 2)
 
 

@@ -5,26 +5,11 @@ share of every class, so large that even an anchor of the largest class meets as
 class is there. `reference.sample_keys` says which keys these are.
 """
 
-import torch
 from torch import Tensor
 
-from pico_fast import draws
 from pico_fast.selection import ops
 from pico_fast.selection.layout import Layout
 from pico_fast.selection.options import Selection
-
-
-def wanted(
-    sizes: Tensor,  # [C] int64
-    need: int,
-    own: bool,
-) -> Tensor:
-    """Keys of each class in the sample of one side: [C] int64."""
-    if own:
-        return sizes.clamp(max=need)
-    others = (sizes.sum() - sizes.max()).clamp(min=1)
-    share = (sizes * need + others - 1) // others
-    return torch.minimum(share, sizes)
 
 
 def draw_sample(
@@ -45,7 +30,6 @@ def draw_sample(
     elif slots is not None:
         # the same share of the largest class comes on top, and of each class a part of a key
         capacity = min(n_keys, need + slots + n_classes)
-    classes = (layout.ranges, layout.names, layout.key_order, wanted(layout.sizes, need, own))
-    stream = draws.POSITIVE if own else draws.NEGATIVE
-    key_order, ranges = ops.sample_keys(*classes, seed, stream, capacity)
+    classes = (layout.ranges, layout.names, layout.key_order)
+    key_order, ranges = ops.sample_keys(*classes, need, own, seed, capacity)
     return layout._replace(key_order=key_order, ranges=ranges)
