@@ -132,13 +132,12 @@ def bounds(scene: Scene, loss: Tensor, rounding: dict[torch.dtype, float] = ROUN
     wide = ROUNDING[torch.float64 if exact else torch.float32]
     rows = 8 + 4 * math.sqrt(keys.shape[1])
     inner = rows * narrow * sizes[0] * longest
-    # a mix of opposite rows is divided by a length of which a hundredth may be left
-    factor = 1 if scene.synthesis is None else 100
-    s = factor * inner / scene.temperature
+    # a mix has unit length; of opposite rows it is divided by a length of which a hundredth may be left
+    factor, other = (1, longest) if scene.synthesis is None else (100, longest.clamp(min=1.0))
+    s = factor * rows * narrow * sizes[0] * other / scene.temperature
     of_loss = 2 * s + 64 * wide * (1 + loss.abs())
-    # what the other side of a pair can weigh; a mix has unit length
-    weight = torch.maximum(longest, torch.ones_like(longest)) if scene.synthesis else longest
-    weight = 2 * weight / scene.temperature
+    # what the other side of a pair can weigh
+    weight = 2 * other / scene.temperature
     of_gradient = weight * ((4 * s).clamp(max=1) + 64 * narrow)
     if in_batch:  # as a key of each other anchor as well, by weights that only Z has normalised
         of_keys = weight * (torch.expm1((4 * s).clamp(max=300)) + 64 * narrow)
