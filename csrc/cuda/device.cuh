@@ -60,6 +60,9 @@ void launch(void (*kernel)(Parameters...), int device, int64_t blocks, int threa
   if (shared > 48 * 1024) {  // more than this only on request
     PICO_FAST_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   }
+  // as many blocks side by side as there is shared memory for
+  PICO_FAST_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                            cudaSharedmemCarveoutMaxShared));
   kernel<<<blocks, threads, shared, current_stream(device)>>>(arguments...);
   PICO_FAST_CUDA_CHECK(cudaGetLastError());
 }
