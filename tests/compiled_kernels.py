@@ -240,7 +240,7 @@ def compaction() -> list[tuple[str, tuple]]:
 def draws() -> list[tuple[str, tuple]]:
     """What draws and gathers a sample."""
     arguments = pointers("ranges until", "*i64") | pointers("n_classes need", "i32")
-    constants = {"PARTS": 2, "BC": 1024, "OWN": False}
+    constants = {"PARTS": 2, "BC": 512, "OWN": False}
     found = [("share_kernel", (sample.share_kernel, arguments, constants, ONE))]
     arguments = pointers("ranges names key_order until seed drawn new_ranges", "*i64")
     arguments |= pointers("capacity n_classes purpose", "i32")

@@ -26,7 +26,7 @@ MAX_CHANNELS = 1024
 # up to so many keys for each one wanted, digits cost less than a sample
 _FEW = 32
 # classes that a program shares out at a time; slots of a program that draws
-_CLASSES, _DRAWS = 1024, 128
+_CLASSES, _DRAWS = 512, 128
 # words of a row's bits read at a time; values of rows that a program multiplies
 _WORDS, _VALUES = 1024, 8192
 _LEAST = kernels.LEAST.value
