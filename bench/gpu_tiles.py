@@ -17,10 +17,11 @@ from pico_fast.kernels import configs
 from pico_fast.kernels.configs import Launch
 
 KEY = (90, 2, CHANNELS)
-# name: the table, its rows, and what makes the call that they are tried in
+# name: the table, its key, rows, and what makes the call that they are tried in
 SWEEPS = {
     "negatives of all keys": (
         configs.NEGATIVES,
+        KEY,
         (
             *(configs.NEGATIVES[KEY], Launch(128, 64, 8, 2), Launch(128, 64, 8, 4), Launch(128, 128, 8, 2)),
             *(Launch(128, 32, 8, 4), Launch(64, 64, 4, 3), Launch(64, 128, 4, 2), Launch(64, 128, 8, 2)),
@@ -29,11 +30,13 @@ SWEEPS = {
     ),
     "semi_hard": (
         configs.CUT,
+        KEY,
         (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 64, 8, 3), Launch(64, 128, 8, 2)),
         functools.partial(scenes.against_the_bank, "semi_hard, random positives", scenes.MANY),
     ),
     "random": (
-        configs.POSITIVES_SMALL,
+        configs.POSITIVES_OF,
+        (*KEY, False),
         (Launch(32, 32, 4, 2), Launch(64, 32, 8, 2), Launch(32, 64, 8, 2), Launch(16, 64, 4, 2)),
         functools.partial(scenes.against_the_bank, "random", scenes.MANY),
     ),
@@ -43,10 +46,10 @@ SECONDS = 0.2
 
 def tried(device: str) -> Iterator[tuple[str, measure.Call]]:
     """Names and calls, each to be made while its row stands in the table."""
-    for name, (table, rows, make) in SWEEPS.items():
+    for name, (table, key, rows, make) in SWEEPS.items():
         call = make(device)
         for row in rows:
-            with mock.patch.dict(table, {KEY: row}):
+            with mock.patch.dict(table, {key: row}):
                 yield f"{name}, {row}", call
 
 

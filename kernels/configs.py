@@ -81,11 +81,13 @@ POSITIVES = {
     (4, 512): Launch(16, 16, 4, 2),
 }
 
-# The same without a cut: in a small block few anchors wait while the keys of another's class are read.
-POSITIVES_SMALL = {
-    (90, 2, 128): Launch(32, 32, 4, 2),
-    (90, 2, 256): Launch(32, 32, 4, 2),
-    (100, 2, 256): Launch(32, 32, 4, 2),
+# The same where one generation takes another row, without a cut or with one. In a small block few anchors
+# wait while the keys of another's class are read.
+POSITIVES_OF = {
+    (80, 2, 256, True): Launch(32, 64, 8, 1),
+    (90, 2, 128, False): Launch(32, 32, 4, 2),
+    (90, 2, 256, False): Launch(32, 32, 4, 2),
+    (100, 2, 256, False): Launch(32, 32, 4, 2),
 }
 
 # The keys' side of the gradient: anchors of a step, keys of a block.
@@ -146,8 +148,7 @@ def negatives(generation: int, dtype: torch.dtype, channels: int, running: bool,
 def positives(generation: int, dtype: torch.dtype, channels: int, is_cut: bool) -> Launch:
     """Settings of positives_kernel."""
     shape = (dtype.itemsize, _width(channels))
-    small = None if is_cut else POSITIVES_SMALL.get((family(generation), *shape))
-    return POSITIVES[shape] if small is None else small
+    return POSITIVES_OF.get((family(generation), *shape, is_cut), POSITIVES[shape])
 
 
 def keys_grad(dtype: torch.dtype, channels: int) -> Launch:
