@@ -87,7 +87,7 @@ def payloads(s: Setting) -> dict[str, int]:
         out["gather"] += s.anchors * s.sum_bytes
         out["scatter"] += everyone * (3 + s.channels) * s.sum_bytes
         if s.sampling == "bounded":
-            out["scatter"] += everyone * 2 * s.sum_bytes
+            out["scatter"] += everyone * s.sum_bytes
     if stay[False]:
         out["reduce"] += everyone * s.sum_bytes
         out["scatter"] += everyone * (2 + s.channels) * s.sum_bytes

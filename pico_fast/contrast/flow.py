@@ -202,8 +202,7 @@ def finish(
     away = negatives.away / pushed.count(negatives.below).clamp(min=1)
     gradient = positives.pull
     if options.want_gradient:
-        pushes = push.unsqueeze(1) * negatives.mean
-        gradient = pushes.addcmul_(pull.unsqueeze(1), positives.pull, value=-1)
+        gradient = push.unsqueeze(1) * negatives.mean - pull.unsqueeze(1) * positives.pull
     loss, similar = positives.loss * share, positives.similar * share
     return Rows(loss, n > 0, similar, away, gradient, negatives.lse, pull, push)
 

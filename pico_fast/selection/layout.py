@@ -78,7 +78,7 @@ class Layout(NamedTuple):
         sizes = self.sizes
         of_class = sizes if own else sizes.sum() - sizes
         # the class of an empty slot is -1, the last one
-        found = torch.nn.functional.pad(of_class, (0, 1))[self.anchor_class]
+        found = torch.nn.functional.pad(of_class, (0, 1)).take(self.anchor_class)
         if own and self.own_key is not None:
             found = found - self.has_itself().long()
         return found
