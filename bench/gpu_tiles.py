@@ -12,7 +12,6 @@ from unittest import mock
 import gpu_scenes as scenes
 import measure
 from cases import CHANNELS
-
 from pico_fast.kernels import configs
 from pico_fast.kernels.configs import Launch
 

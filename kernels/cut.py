@@ -153,7 +153,7 @@ def widened(
     high,  # [LANES] float16
     half,  # [LANES] float16, nan where there is none
 ):
-    """The least and the greatest so far. Of nan and a number a GPU takes the number, the interpreter nan."""
+    """The least and greatest so far. Of nan and a number a GPU takes the number, the interpreter nan."""
     if IS_INTERPRETED:
         there = half == half
         return tl.where(there, tl.minimum(low, half), low), tl.where(there, tl.maximum(high, half), high)
@@ -230,7 +230,7 @@ def cut_kernel(
     bound = low.to(tl.float16)
     spare, until = enough - wanted, INT32_MAX
     if spare > 0:
-        # of those that equal the bound the last ones are too many: first the chunk with the last that counts
+        # of those that equal the bound the last are too many: first the chunk of the last that counts
         chunk, keep = 0, wanted - fewer
         for k in tl.static_range(6):
             if 32 >> k < CHUNKS:

@@ -12,8 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 import offline
 import torch
 import triton.language as tl
-from triton.experimental.gluon import language as gl
 from pico_fast.kernels import all_keys, configs, contrast, cut, hardest, merge, sample, synthesis
+from triton.experimental.gluon import language as gl
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # each row of the tables, and for bfloat16 sizes that are no power of two
