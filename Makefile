@@ -136,12 +136,14 @@ wheel: $(VENV)/.requirements
 # The kernels of bench/gpu.sh, compiled without a GPU: their variants under this Python, which has PyTorch,
 # the code under that of the other machine, which needs none. Found a second time, all of them are there.
 gpu-kit: $(VENV)/.built
+	@$(GPU_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+	{ echo "the machine with a GPU has Python 3.12: make GPU_PYTHON=/path/to/python3.12 gpu-kit" >&2; exit 1; }
 	rm -rf gpu-kit build/gpu-kit
 	$(MAKE) wheel RELEASE_ARCHS=9.0 WHEELS=gpu-kit
 	$(PY) -m pip install --quiet --no-deps --target build/gpu-kit/here $(GPU_TRITON)
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --target build/gpu-kit/there $(GPU_TRITON)
 	PYTHONPATH=build/gpu-kit/here $(PY) bench/gpu_variants.py gpu-kit/variants.jsonl
-	PYTHONPATH=build/gpu-kit/there $(GPU_PYTHON) bench/gpu_cache.py fill gpu-kit
+	PYTHONPATH=build/gpu-kit/there $(GPU_PYTHON) bench/gpu_cache.py fill gpu-kit $(JOBS)
 	PYTHONPATH=build/gpu-kit/here $(PY) bench/gpu_variants.py build/gpu-kit/again.jsonl
 	PYTHONPATH=build/gpu-kit/there $(GPU_PYTHON) bench/gpu_cache.py check gpu-kit build/gpu-kit/again.jsonl
 	size=$$( (git ls-files -coz --exclude-standard; find gpu-kit -type f -print0) | du -cm --files0-from=- | \

@@ -66,12 +66,15 @@ ALL_KEYS = Launch(128, 64, 4, 4)
 
 # Where the cut of a sample, whose two kernels share their tiles, needs more registers than all keys.
 CUT = {
+    (80, 2, 128): Launch(64, 64, 8, 3),
+    (86, 2, 128): Launch(64, 64, 8, 3),
     (90, 2, 64): Launch(128, 64, 8, 3),
+    (100, 2, 512): Launch(32, 16, 8, 2),
 }
 
 # The pass over the own class, a small part of the keys: small tiles do for every generation.
 POSITIVES = {
-    (2, 64): Launch(32, 32, 8, 2),
+    (2, 64): Launch(32, 64, 8, 2),
     (2, 128): Launch(64, 32, 8, 2),
     (2, 256): Launch(64, 32, 8, 2),
     (2, 512): Launch(32, 32, 8, 2),
@@ -87,6 +90,8 @@ POSITIVES_OF = {
     (80, 2, 256, True): Launch(32, 64, 8, 1),
     (90, 2, 128, False): Launch(32, 32, 4, 2),
     (90, 2, 256, False): Launch(32, 32, 4, 2),
+    (100, 2, 64, False): Launch(32, 32, 8, 2),
+    (100, 2, 128, False): Launch(32, 64, 4, 2),
     (100, 2, 256, False): Launch(32, 32, 4, 2),
 }
 
@@ -104,7 +109,7 @@ KEYS_GRAD = {
 
 # The walks of `hardest`: anchors of a block, keys of a tile.
 HARDEST = {
-    (2, 64): Launch(64, 32, 8, 2),
+    (2, 64): Launch(64, 64, 8, 2),
     (2, 128): Launch(64, 64, 8, 2),
     (2, 256): Launch(64, 64, 8, 2),
     (2, 512): Launch(64, 32, 8, 1),

@@ -22,7 +22,7 @@ import triton.language as tl
 from pico_fast.kernels.cut import counts, halves_of
 from pico_fast.kernels.rows import (
     INT32_MAX,
-    IS_INTERPRETED,
+    INTERPRETED,
     load_queries,
     load_rows,
     load_tile,
@@ -158,6 +158,7 @@ def negatives_kernel(
 @triton.jit
 def fast_log(
     x,  # float32 from 1 to 2
+    IS_INTERPRETED: tl.constexpr = INTERPRETED,
 ):
     """Natural logarithm, within 2^-22: on a GPU one instruction and a product."""
     if IS_INTERPRETED:
@@ -174,7 +175,7 @@ def softplus(
     x,  # float32
 ):
     """log(1 + exp(x)), with full relative accuracy where it is small, and its derivative."""
-    u = tl.exp2(-tl.abs(x) * LOG2E)
+    u = tl.exp2(-tl.abs(x) * 1.4426950408889634)
     small = u * (1.0 - u * (0.5 - u * (0.3333333333333333 - u * 0.25)))
     value = tl.maximum(x, 0.0) + tl.where(u < 0.03, small, fast_log(1.0 + u))
     return value, tl.where(x >= 0.0, 1.0, u) / (1.0 + u)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from pico_fast.kernels.rows import (
     INT32_MAX,
-    IS_INTERPRETED,
+    INTERPRETED,
     load_queries,
     load_tile,
     own_range,
@@ -29,7 +29,7 @@ def halves_of(
     hardness,  # float32
 ):
     """float16 in the same order; inf, the hardest, of nan and beyond the range; never -inf."""
-    return tl.where(hardness == hardness, tl.maximum(hardness, -MOST).to(tl.float16), float("inf"))
+    return tl.where(hardness == hardness, tl.maximum(hardness, -65504.0).to(tl.float16), float("inf"))
 
 
 @triton.jit
@@ -131,6 +131,7 @@ def count_on(
     half,  # [LANES] float16
     value,  # [LANES] float16
     EQUAL: tl.constexpr,
+    IS_INTERPRETED: tl.constexpr = INTERPRETED,
 ):
     """count + (half >= value), or count + (half == value): on a GPU two instructions for two keys."""
     if IS_INTERPRETED:
@@ -152,6 +153,7 @@ def widened(
     low,  # [LANES] float16
     high,  # [LANES] float16
     half,  # [LANES] float16, nan where there is none
+    IS_INTERPRETED: tl.constexpr = INTERPRETED,
 ):
     """The least and greatest so far. Of nan and a number a GPU takes the number, the interpreter nan."""
     if IS_INTERPRETED:

@@ -40,7 +40,7 @@ def numbers_of(
         s = -s
     # adding 0 makes -0 and 0 equal
     bits = (s + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(s == s, bits ^ ((bits >> 31) & 0x7FFFFFFF), INT32_MAX)
+    return tl.where(s == s, bits ^ ((bits >> 31) & 0x7FFFFFFF), 2147483647)
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def tiles_of(
     begin = 0
     n = tl.load(n_tiles).to(tl.int32)
     if OWN:
-        begin = first_tile(ends, n, tl.min(tl.where(takes_part, own_begin, INT32_MAX), 0))
+        begin = first_tile(ends, n, tl.min(tl.where(takes_part, own_begin, 2147483647), 0))
         last = tl.max(tl.where(takes_part, own_end, 0), 0) - 1
         n = tl.minimum(first_tile(ends, n, last) + 1, n) - begin
     return begin, n

@@ -5,7 +5,6 @@ import triton.language as tl
 
 # kernels run as Python, on tensors of any device: TRITON_INTERPRET=1, for tests without a GPU
 INTERPRETED = triton.knobs.runtime.interpret
-IS_INTERPRETED = tl.constexpr(INTERPRETED)
 INT32_MAX = tl.constexpr(2147483647)
 
 

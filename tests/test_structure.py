@@ -156,6 +156,21 @@ def test_kernels_have_one_name():
     assert "pico_fast.kernels" in run.stderr
 
 
+def test_what_kernels_call_reads_no_constant_of_its_page():
+    """Triton's key of a kernel would depend on what else was launched before: it would compile twice."""
+    for path in sources("kernels/*.py"):
+        for function in ast.parse(path.read_text()).body:
+            if not isinstance(function, ast.FunctionDef) or function.name.endswith("_kernel"):
+                continue
+            names = [
+                node for part in function.body for node in ast.walk(part) if isinstance(node, ast.Name)
+            ]
+            own = {argument.arg for argument in function.args.args}
+            own |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+            read = {node.id for node in names if node.id.isupper()} - own
+            assert not read, f"{path.name}, {function.name}: {read}"
+
+
 def test_import_needs_torch_and_numpy_alone():
     script = """
 import sys
