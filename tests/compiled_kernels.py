@@ -97,11 +97,11 @@ def negatives(generation, dtype, channels, running, by_rows, kind=None) -> tuple
     return contrast.negatives_kernel, arguments, constants | {"RUNNING": running}, launch
 
 
-def similarity(generation, dtype, channels, own) -> tuple:
+def similarity(generation, dtype, channels, own, gather) -> tuple:
     launch = configs.positives(generation, dtype, channels, True)
     if not own:
         launch = configs.cut(generation, dtype, channels)
-    arguments, constants = of_layout(generation, dtype, channels, launch, own)
+    arguments, constants = of_layout(generation, dtype, channels, launch, gather)
     arguments |= {"ends": "*i64", "halves": "*fp16", "hardest": "*fp32"} | pointers(
         "half_stride splits", "i32"
     )
@@ -308,11 +308,13 @@ def jobs(generation: int) -> list[tuple[str, tuple]]:
             found.append((f"positives {name} cut", what))
             for own in (False, True):
                 side = "own" if own else "other"
-                what = similarity(generation, dtype, channels, own)
+                what = similarity(generation, dtype, channels, own, own)
                 found.append((f"similarity {name} {side}", what))
                 found.append((f"keys_grad {name} {side}", keys_grad(dtype, channels, own)))
             if channels in (64, 128, 256, 512) and (channels < 512 or dtype.itemsize == 2):
                 found += walks(generation, dtype, channels)
+                what = similarity(generation, dtype, channels, True, False)
+                found.append((f"similarity {name} own bank", what))
     return found + by_row(generation)
 
 

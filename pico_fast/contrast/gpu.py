@@ -94,7 +94,7 @@ def negatives(layout: Layout, cut: Cut, temperature: float, want_mean: bool) -> 
     below = new(0, dtype=torch.int64)
     if not cut.is_none:
         launch = configs.cut(launches.gpu(anchors.device)[0], layout.keys.dtype, anchors.shape[1])
-        bounds = bounding.bounds(layout, cut, False, ends, launch, scale)
+        bounds = bounding.bounds(layout, cut, False, ends, len(layout.keys), launch, scale)
         walks = [_whole_walk(layout, ends, launch)]
         # the greatest exponent is known
         _sum(layout, walks, False, bounds.shift, None, scale, out, bounds, cut.ceiling)
@@ -223,7 +223,8 @@ def positives(
     splits = launches.splits(layout, launch, min(8, tiles))
     least = last = None
     if not cut.is_none:
-        least, last, *_ = bounding.bounds(layout, cut, True, layout.ranges[-1, 0].sum(), launch, 1.0)
+        ends, width = layout.ranges[-1, 0].sum(), bounding.width(layout, cut, True)
+        least, last, *_ = bounding.bounds(layout, cut, True, ends, width, launch, 1.0)
     parts = torch.empty(3, splits, n_anchors, device=anchors.device)
     pull = parts.new_empty(splits, n_anchors, channels) if want_pull else None
     contrast.positives_kernel[(triton.cdiv(n_anchors, launch.BM) * splits,)](

@@ -33,8 +33,8 @@ class Bounds(NamedTuple):
     pairs: Tensor  # [A] int64, how many keys lie below the ceiling
 
 
-def _width(layout: Layout, cut: Cut, own: bool) -> int:
-    """Places of a row: a class of the positives' sample has ⌈count / fraction⌉ keys at most."""
+def width(layout: Layout, cut: Cut, own: bool) -> int:
+    """Places of a row of a drawn sample: a class of the positives' has ⌈count / fraction⌉ keys at most."""
     n = launches.n_positions(layout)
     return min(n, math.ceil(cut.count / cut.fraction)) if own else n
 
@@ -42,7 +42,7 @@ def _width(layout: Layout, cut: Cut, own: bool) -> int:
 def takes(layout: Layout, cut: Cut, own: bool) -> bool:
     """Whether the kernels are for these: the cut of a sample; of positives below no ceiling."""
     is_sample = layout.key_order is not None and layout.ranges.shape[1] == 1
-    return is_sample and _width(layout, cut, own) <= MOST_WIDTH and not (own and cut.ceiling is not None)
+    return is_sample and width(layout, cut, own) <= MOST_WIDTH and not (own and cut.ceiling is not None)
 
 
 def gathered(layout: Layout) -> tuple[Layout, Tensor]:
@@ -63,10 +63,10 @@ def gathered(layout: Layout) -> tuple[Layout, Tensor]:
 
 
 def bounds(
-    layout: Layout, cut: Cut, own: bool, ends: Tensor, launch: configs.Launch, scale: float
+    layout: Layout, cut: Cut, own: bool, ends: Tensor, width: int, launch: configs.Launch, scale: float
 ) -> Bounds:
     """The bounds of every anchor, from the tiles that its sums will be made of."""
-    n_anchors, width = len(layout.anchors), _width(layout, cut, own)
+    n_anchors = len(layout.anchors)
     new = functools.partial(torch.empty, n_anchors, device=ends.device)
     found = Bounds(new(dtype=torch.float16), new(dtype=torch.int32), new(), new(dtype=torch.int64))
     # whole tiles, so that they are those of the sums

@@ -1,9 +1,8 @@
 """Selection on an NVIDIA GPU: launching `pico_fast.kernels.sample`, `.hardest` and `.synthesis`.
 
-hardest, negatives: a threshold for each anchor from a sample of the keys, a walk over all keys that appends
-what reaches it, a sort of what was appended. Anchors for which the sample misled, and the positives, whose
-class is a small part of the keys, get their exact threshold digit by digit. Who those anchors are is
-known on the device alone: walks in which nobody takes part end at once.
+hardest: a threshold for each anchor from a sample of the keys, a walk over all keys that notes what reaches it,
+a sort of these. Anchors for which the sample misled, and all where keys are few, get their exact threshold
+digit by digit. Who those anchors are is known on the device alone: walks in which nobody takes part end at once.
 """
 
 import math
@@ -100,9 +99,10 @@ class _Side:
             "OWN": own,
         }
         self.grid = (blocks * splits,)
-        # in batch an anchor itself is one too many among its positives, which makes no difference
         of_class = layout.sizes.take(layout.anchor_class.clamp(min=0))
-        self.available = of_class if own else layout.sizes.sum() - of_class
+        # in batch an anchor itself is among its class
+        itself = int(layout.own_key is not None)
+        self.available = of_class - itself if own else layout.sizes.sum() - of_class
         # four times as many as wanted: what an estimated threshold lets through hardly ever overflows
         self.capacity = triton.next_power_of_2(max(4 * count, 16))
         self.found = torch.zeros(n_anchors, dtype=torch.int32, device=device)
@@ -196,7 +196,7 @@ def _thinned(layout: Layout, step: int) -> Layout:
 
 
 def _sampled_threshold(side: _Side) -> Tensor:
-    """A word [A] that somewhat more than the wanted negatives of each anchor should reach.
+    """A word [A] that somewhat more than the wanted keys of each anchor should reach.
 
     Of every `step`-th key as large a part is wanted, t, give or take the root of t. Six roots more are let
     through; and every key of anchors that meet no more of the sample.
@@ -206,8 +206,9 @@ def _sampled_threshold(side: _Side) -> Tensor:
     t = side.count / step
     cut = Cut(None, math.ceil(t + 6 * math.sqrt(t)))
     layout, ends = bounding.gathered(_thinned(side.layout, step))
-    launch = configs.cut(launches.gpu(layout.keys.device)[0], layout.keys.dtype, layout.keys.shape[1])
-    found = bounding.bounds(layout, cut, False, ends, launch, 1.0)
+    of_keys = (launches.gpu(ends.device)[0], layout.keys.dtype, layout.keys.shape[1])
+    launch = configs.positives(*of_keys, True) if side.own else configs.cut(*of_keys)
+    found = bounding.bounds(layout, cut, side.own, ends, len(layout.keys), launch, 1.0)
     # as a half it may be rounded up
     least = found.least.float().clamp(max=65504)
     bits = (least - least.abs() * 2.0**-11).view(torch.int32)
@@ -223,7 +224,7 @@ def hardest(
     layout = launches.dense(layout)
     side = _Side(layout, own, count)
     used = (layout.anchor_class >= 0).int()
-    if own or launches.n_positions(layout) <= _FEW * count:
+    if launches.n_positions(layout) <= _FEW * count:
         side.collect(used, side.exact_threshold(used))
         return *side.ordered(), none
     side.collect(used, torch.where(side.available <= count, _LEAST, _sampled_threshold(side)))
