@@ -1,8 +1,9 @@
 """Selection on an NVIDIA GPU: launching `pico_fast.kernels.sample`, `.hardest` and `.synthesis`.
 
-hardest: a threshold for each anchor from a sample of the keys, a walk over all keys that notes what reaches it,
-a sort of these. Anchors for which the sample misled, and all where keys are few, get their exact threshold
-digit by digit. Who those anchors are is known on the device alone: walks in which nobody takes part end at once.
+hardest: a threshold for each anchor from a sample of the keys, a walk over all keys that notes what
+reaches it, a sort of these. Anchors for which the sample misled, and all where keys are few, get their
+exact threshold digit by digit. Who those anchors are is known on the device alone: walks in which nobody
+takes part end at once.
 """
 
 import math
