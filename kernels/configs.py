@@ -68,6 +68,7 @@ ALL_KEYS = Launch(128, 64, 4, 4)
 CUT = {
     (80, 2, 128): Launch(64, 64, 8, 3),
     (86, 2, 128): Launch(64, 64, 8, 3),
+    (86, 2, 256): Launch(64, 32, 8, 2),
     (90, 2, 64): Launch(128, 64, 8, 3),
     (100, 2, 512): Launch(32, 16, 8, 2),
 }
@@ -88,6 +89,7 @@ POSITIVES = {
 # wait while the keys of another's class are read.
 POSITIVES_OF = {
     (80, 2, 256, True): Launch(32, 64, 8, 1),
+    (86, 4, 512, False): Launch(16, 16, 8, 1),
     (90, 2, 128, False): Launch(32, 32, 4, 2),
     (90, 2, 256, False): Launch(32, 32, 4, 2),
     (100, 2, 64, False): Launch(32, 32, 8, 2),
