@@ -78,12 +78,13 @@ std::tuple<Tensor, Tensor> sample_keys(const Tensor& ranges_, const Tensor& name
   Tensor new_ranges = new_empty(ranges, {C, 1, 2});
   int64_t* new_range = new_ranges.mutable_data_ptr<int64_t>();
   for (int64_t c = 0; c < C; ++c) {
-    const int64_t n = sizes[c], k = own ? need : divide_up(n * need, std::max<int64_t>(others, 1));
+    const int64_t share = own ? need : divide_up(sizes[c] * need, std::max<int64_t>(others, 1));
+    const int64_t k = std::min(share, sizes[c]);
     new_range[2 * c] = total;
-    new_range[2 * c + 1] = std::min(n, k);
-    total += std::min(n, k);
+    new_range[2 * c + 1] = k;
+    total += k;
     STD_TORCH_CHECK(total <= capacity, "capacity: expected room for all draws");
-    if (std::min(n, k) > 0) used.push_back(c);
+    if (k > 0) used.push_back(c);
   }
   STD_TORCH_CHECK(capacity >= 0, "capacity: expected a count");
   Tensor out = new_empty(ranges, {capacity});

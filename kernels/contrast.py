@@ -1,10 +1,9 @@
-"""Contrast without a cut in Triton: one pass over the negatives, one over each anchor's own class.
+"""The contrast in Triton, with or without a cut: one pass over the negatives, one over each own class.
 
 Anchors and positions of keys stand class by class (`pico_fast.selection.layout`), so "same class" is a
 range of positions. A position is a row of `keys`, or with `key_order` its entry there holds the row.
-Positions in use come in spans.
 
-    negatives_kernel   anchors x a split of the spans: each tile of keys feeds both products, s = q kᵀ and
+    negatives_kernel   anchors x a split of the tiles: each tile of keys feeds both products, s = q kᵀ and
                        p k, so the sums of p and of p k come out of one reading of the keys
     positives_kernel   anchors x own class: loss, weights w and the sum of w k
     keys_grad_kernel   keys x anchors: one side of the gradient of the keys

@@ -11,13 +11,7 @@ same way and let a key count by `counts`. No list, no sort. A half tells similar
 
 import triton
 import triton.language as tl
-from pico_fast.kernels.rows import (
-    INT32_MAX,
-    INTERPRETED,
-    load_queries,
-    load_tile,
-    own_range,
-)
+from pico_fast.kernels.rows import INT32_MAX, INTERPRETED, load_queries, load_tile, own_range
 
 # keys of a row that a step of the search reads side by side
 LANES = tl.constexpr(1024)

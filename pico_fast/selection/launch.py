@@ -1,4 +1,4 @@
-"""What launches over a layout share on an NVIDIA GPU: queries, keys, their spans, and how to read them.
+"""What launches over a layout share on an NVIDIA GPU: queries, keys, their tiles, and how to read them.
 
 Nothing is read back to the host: sizes that depend on the data stay on the device, in `ranges` and in what
 is made of them here.
