@@ -29,10 +29,10 @@ SAMPLE = {"share_kernel": 2, "draw_kernel": 2, "gather_kernel": 1}
 SUMS = SAMPLE | {"negatives_kernel": 1, "merge_kernel": 1, "positives_kernel": 1}
 CUT = {"similarity_kernel": 1, "cut_kernel": 1}
 EXPECTED = {
-    ("random", "random"): (SUMS | {"negatives_kernel": 2, "merge_kernel": 2}, 42),
-    ("semi_hard", "random"): (SUMS | CUT, 44),
-    ("semi_hard", "semi_hard"): (SUMS | {"similarity_kernel": 2, "cut_kernel": 2}, 50),
-    ("bounded", "random"): (SUMS | CUT | {"positives_kernel": 2}, 45),
+    ("random", "random"): (SUMS | {"negatives_kernel": 2, "merge_kernel": 2}, 38),
+    ("semi_hard", "random"): (SUMS | CUT, 40),
+    ("semi_hard", "semi_hard"): (SUMS | {"similarity_kernel": 2, "cut_kernel": 2}, 46),
+    ("bounded", "random"): (SUMS | CUT | {"positives_kernel": 2}, 41),
 }
 
 

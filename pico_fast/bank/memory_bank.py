@@ -146,7 +146,9 @@ class MemoryBank(nn.Module):
         for start, size, count, _ in self._rings():
             begin = min(max(start, first), last)
             end = max(begin, min(start + size, last))
-            parts += [base + (begin - first), (count - (begin - start)).clamp(0, end - begin)]
+            if end - begin < size:
+                count = (count - (begin - start)).clamp(0, end - begin)
+            parts += [base + (begin - first), count]
         return torch.stack(parts, 1).view(-1, 2, 2)
 
     def share(self) -> Share:
