@@ -120,6 +120,18 @@ HARDEST = {
     (4, 256): Launch(64, 32, 8, 1),
 }
 
+# Anchors of a block and warps where the walk over the negatives, which is all keys, takes more of both:
+# each block reads every key from the L2 cache.
+HITS = {
+    (80, 2, 256): (128, 8),
+    (90, 2, 64): (256, 16),
+    (90, 2, 128): (256, 16),
+    (90, 2, 256): (256, 16),
+    (100, 2, 64): (128, 8),
+    (100, 2, 128): (128, 8),
+    (100, 2, 256): (128, 8),
+}
+
 # merge_kernel: rows of a block
 MERGE = Launch(4, 0, 4, 1)
 
@@ -168,11 +180,18 @@ def hardest(dtype: torch.dtype, channels: int) -> Launch:
     return HARDEST[dtype.itemsize, _width(channels)]
 
 
+def hits(generation: int, dtype: torch.dtype, channels: int, own: bool) -> Launch:
+    """Settings of hits_kernel: the tiles of the other walks."""
+    launch = hardest(dtype, channels)
+    row = HITS.get((family(generation), dtype.itemsize, _width(channels)))
+    return launch if own or row is None else launch._replace(BM=row[0], num_warps=row[1])
+
+
 def cut_warps(places: int) -> int:
     """Warps of a program that holds so many halves of a row: few, since each adds up at every step."""
     return 4 if places <= 2**15 else 8
 
 
-def order_warps(capacity: int) -> int:
-    """Warps of a program that holds so many values of an anchor in registers."""
-    return min(16, max(4, capacity // 512))
+def pick_warps(capacity: int) -> int:
+    """Warps of a program that holds so many numbers of an anchor: few, since each adds up at every step."""
+    return min(16, max(4, capacity // 1024))

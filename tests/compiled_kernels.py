@@ -12,7 +12,17 @@ from concurrent.futures import ProcessPoolExecutor
 import offline
 import torch
 import triton.language as tl
-from pico_fast.kernels import all_keys, configs, contrast, cut, hardest, merge, sample, synthesis
+from pico_fast.kernels import (
+    all_keys,
+    candidates,
+    configs,
+    contrast,
+    cut,
+    hardest,
+    merge,
+    sample,
+    synthesis,
+)
 from triton.experimental.gluon import language as gl
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -199,9 +209,11 @@ def merges(channels) -> tuple:
 
 def walks(generation, dtype, channels) -> list[tuple[str, tuple]]:
     """The walks of `hardest`: bits of hits and counts of digits, both sides, in a bank and in batch."""
-    launch = configs.hardest(dtype, channels)
     found = []
     for own, shift in ((False, None), (True, None), (True, 53), (False, 32)):
+        launch = configs.hardest(dtype, channels)
+        if shift is None:
+            launch = configs.hits(generation, dtype, channels, own)
         for gather in (False, True):
             arguments, constants = of_layout(generation, dtype, channels, launch, gather)
             arguments |= pointers("threshold firsts ends n_tiles", "*i64")
@@ -213,6 +225,7 @@ def walks(generation, dtype, channels) -> list[tuple[str, tuple]]:
                 constants["own_key"] = None
             if shift is None:
                 what, kernel = "hits", hardest.hits_kernel
+                constants["EXACT"] = own
                 arguments |= {"bits": "*i32", "n_words": "i32"}
             else:
                 what, kernel = "digits", hardest.digits_kernel
@@ -228,12 +241,12 @@ def compaction() -> list[tuple[str, tuple]]:
     arguments = pointers("bits active found", "*i32") | pointers("n_anchors n_words capacity", "i32")
     arguments |= pointers("anchor_class ranges key_order firsts ends n_tiles candidates", "*i64")
     constants = {"PARTS": 2, "BN": 64, "WORDS": 1024, "OWN": True}
-    found = [("collect_kernel", (hardest.collect_kernel, arguments, constants, ONE))]
+    found = [("collect_kernel", (candidates.collect_kernel, arguments, constants, ONE))]
     arguments = pointers("active found", "*i32") | pointers("capacity key_stride", "i32")
     arguments |= {"candidates": "*i64"} | pointers("queries keys", "*bf16")
     for channels in (64, 512):
         constants = {"D": channels, "BD": channels, "ROWS": 8192 // channels, "OWN": False}
-        found.append((f"score_kernel {channels}", (hardest.score_kernel, arguments, constants, ONE)))
+        found.append((f"score_kernel {channels}", (candidates.score_kernel, arguments, constants, ONE)))
     return found
 
 
@@ -260,14 +273,13 @@ def by_row(generation) -> list[tuple[str, tuple]]:
     for shift in (53, 32):
         arguments = pointers("active counts", "*i32") | pointers("threshold rank", "*i64")
         found.append(("narrow_kernel", (hardest.narrow_kernel, arguments, {"SHIFT": shift}, ONE)))
-    # the consumer cards have no room for more than 8192
-    for capacity in (8192,) if generation == 86 else (8192, 16384):
+    for capacity in (8192, 16384):
         arguments = pointers("candidates anchor_class index", "*i64")
         arguments |= {"found": "*i32", "similarity": "*fp32", "N": "i32"}
-        launch = configs.Launch(1, 0, configs.order_warps(capacity), 1)
-        constants = {"OWN": False, "CAPACITY": capacity}
-        what = (hardest.order_kernel, arguments, constants, launch)
-        found.append((f"order_kernel {capacity}", what))
+        launch = configs.Launch(1, 0, configs.pick_warps(capacity), 1)
+        constants = {"OWN": False, "CAPACITY": capacity, "PIECE": 1024}
+        what = (candidates.pick_kernel, arguments, constants, launch)
+        found.append((f"pick_kernel {capacity}", what))
     if generation == 90:
         found.append(("all_keys bf16 256", hopper()))
     found += compaction() + draws()

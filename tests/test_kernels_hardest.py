@@ -23,8 +23,18 @@ def tf32():
 
 
 def check(of, own, count, narrow=None, exact=False):
-    """Similarities to rounding, index sets equal outside a rounding band; `exact`: the very indices."""
-    found = gpu.hardest(of, own, None, count, False)
+    """Similarities to rounding, index sets equal outside a rounding band; `exact`: the very indices.
+
+    Nobody asked for an order: lists are in that of positions.
+    """
+    found = gpu.hardest(of, own, None, count, False, False)
+    row = of.key_order if of.key_order is not None else torch.arange(len(of.keys), device=of.keys.device)
+    row = row[row >= 0]
+    place = torch.zeros(len(of.keys), dtype=torch.int64, device=row.device)
+    place[row] = torch.arange(len(row), device=row.device)
+    place = place.take(found[0].clamp(min=0))
+    assert ((place.diff(dim=1) > 0) | (found[0][:, 1:] < 0)).all()
+    found = gpu._ordered(*found[:2], own)
     index, similarity = found[0].cpu(), found[1].cpu().double()
     truth = scenes.pairs(of, narrow)
     candidate, sign = truth.side(own), -1 if own else 1
@@ -57,9 +67,16 @@ def test_by_digits(kind, own):
     check(scenes.layout(kind, 12, 16, 3, 40), own, 5)
 
 
+def test_in_order_is_hardest_first():
+    of = scenes.layout("sample", 12, 16, 3, 40, "exact")
+    *unordered, _ = gpu.hardest(of, True, None, 7, False, False)
+    *found, _ = gpu.hardest(of, True, None, 7, False)
+    assert all(map(torch.equal, found, gpu._ordered(*unordered, True)))
+
+
 @pytest.mark.parametrize("own", (False, True))
 def test_more_than_a_block_of_anchors(own):
-    check(scenes.layout("in batch", 70, 16, 3, 0), own, 2)
+    check(scenes.layout("in batch", 70 if own else 270, 16, 3, 0), own, 2)
 
 
 @pytest.mark.parametrize("own", (False, True))
@@ -102,17 +119,17 @@ def test_from_a_sample_and_its_repair(kind, own, monkeypatch):
 @pytest.mark.parametrize("own", (False, True))
 @pytest.mark.parametrize("kind", ("full bank", "bank", "labels"))
 def test_an_estimate_lets_a_little_more_through(kind, own):
-    """The similarity at a rank of every 16th key, or down to the next; every key where these are few."""
+    """The similarity at a rank of a part of the keys, or down to the next; all keys where these are few."""
     of = scenes.layout(kind, 12, 16, 4, 400)
     side = gpu._Side(gpu.launches.dense(of), own, 16)
     number = gpu._sampled_threshold(side).cpu() >> 32
     found = torch.where(number < 0, number ^ 0x7FFFFFFF, number).int().view(torch.float32)
     classes = eager.class_of_positions(of.ranges, gpu.launches.n_positions(of))
-    position = (classes >= 0).nonzero()[::16, 0]
+    step, rank = (4, 4 + 11) if own else (16, 1 + 6)  # so many are one of `step` of 16, and six roots more
+    position = (classes >= 0).nonzero()[::step, 0]
     keys = of.keys[position if of.key_order is None else of.key_order[position]]
     s = of.anchors.float() @ keys.float().T
     s = (-s if own else s).masked_fill((of.anchor_class[:, None] == classes[position]) != own, -math.inf)
-    rank = 1 + 6  # 16 keys are one of every 16th
     *_, exact, behind = s.topk(rank + 1, dim=1).values.cpu().unbind(1)
     used, is_few = (of.anchor_class >= 0).cpu(), ((s > -math.inf).sum(1) <= rank).cpu()
     assert torch.equal((found == -math.inf)[used], is_few[used])

@@ -47,9 +47,9 @@ def train_step(loss: pico_fast.JointLoss, step: int, seed: int = 0) -> tuple[Ten
 def compiled_kernels() -> int:
     """How many variants of the package's kernels Triton has compiled for this GPU."""
     import triton
-    from pico_fast.kernels import contrast, cut, hardest, merge, sample, synthesis
+    from pico_fast.kernels import candidates, contrast, cut, hardest, merge, sample, synthesis
 
-    modules = (contrast, cut, hardest, merge, sample, synthesis)
+    modules = (candidates, contrast, cut, hardest, merge, sample, synthesis)
     found = [x for module in modules for x in vars(module).values()]
     device = torch.cuda.current_device()
     caches = [x.device_caches for x in found if isinstance(x, triton.JITFunction)]

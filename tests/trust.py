@@ -50,7 +50,7 @@ PROMISES = {
         Promise(
             "Every Triton kernel compiles for sm_80, sm_86, sm_90 and sm_100, without spills (one that is"
             " known aside) and within the shared memory; interpreted, they keep the error budget.",
-            "kernels_compile kernels_budget kernels_contrast kernels_hardest",
+            "kernels_compile kernels_budget kernels_contrast kernels_cut kernels_hardest",
             "kernels",
         ),
     ),

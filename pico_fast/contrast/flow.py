@@ -92,6 +92,7 @@ def choose(
     own: bool,
     seed: Tensor,  # [] int64
     pulled: Side | None = None,  # the positives, which may bound the negatives
+    in_order: bool = False,  # whether lists have to be hardest first
 ) -> Side:
     """One side: all keys or a sample of them, and which of these count."""
     is_sampled, stays = selection.needed(own) is not None, None
@@ -112,7 +113,7 @@ def choose(
         cut = Cut(mean_similarity(pulled) if is_bounded else None, count, selection.hard_fraction)
     picks = None
     if selection.strategy(own) == "hardest":
-        picks = Picks(*choosing.hardest(layout, own, None, count, False)[:2])
+        picks = Picks(*choosing.hardest(layout, own, None, count, False, in_order)[:2])
         if stays is not None:
             picks = shares.cut(Picks(*map(layout.restore, picks)), stays, own, offered.clamp(max=count))
     return Side(own, layout, cut, picks, offered, stays)
@@ -129,10 +130,10 @@ def mean_similarity(pulled: Side) -> Tensor:
 
 
 def pool_of(side: Side, selection: Selection, size: int) -> Picks:
-    """The `size` hardest keys that count: [A, size], or fewer columns where fewer were picked."""
+    """The `size` hardest keys that count, hardest first: [A, size], or as many columns as were picked."""
     if side.picks is not None:
         return Picks(*(x.narrow(1, 0, min(size, x.shape[1])) for x in side.picks))
-    asked = (side.own, side.cut.ceiling, size, selection.needed(side.own) is not None)
+    asked = (side.own, side.cut.ceiling, size, selection.needed(side.own) is not None, True)
     index, similarity, below = choosing.hardest(side.layout, *asked)
     if side.share is not None:
         return Picks(side.layout.restore(index), side.layout.restore(similarity))
@@ -210,7 +211,8 @@ def finish(
 def contrast(layout: Layout, share: Share | None, options: Options) -> tuple[Rows, Side, Side]:
     """Rows of this rank's anchors in class order, and the two sides that they come from."""
     pulled = choose(layout, share, options.selection, True, options.seed)
-    pushed = choose(layout, share, options.selection, False, options.seed, pulled)
+    in_order = options.mixes is not None  # a pool is the first of a list
+    pushed = choose(layout, share, options.selection, False, options.seed, pulled, in_order)
     negatives = sum_negatives(pushed, layout.order, options)
     positives = sum_positives(pulled, negatives.lse, options)
     return finish(pulled, pushed, positives, negatives, options), pulled, pushed

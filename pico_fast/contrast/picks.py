@@ -13,7 +13,7 @@ _BLOCK = 2**24
 
 
 class Picks(NamedTuple):
-    """Keys of one side, hardest first."""
+    """Keys of one side; hardest first where the order matters."""
 
     index: Tensor  # [A, n] int64 into keys, -1 where there is none
     similarity: Tensor  # [A, n] inner products, 0 where there is none

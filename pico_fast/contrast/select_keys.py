@@ -26,7 +26,7 @@ def _select(layout: Layout, selection: Selection, seed: Tensor) -> list[Tensor]:
     """Positives, negatives and their similarities, in the caller's order of anchors."""
     found, pulled = [], None
     for own in (True, False):
-        side = pulled = flow.choose(layout, None, selection, own, seed, pulled)
+        side = pulled = flow.choose(layout, None, selection, own, seed, pulled, True)
         strategy, width = selection.strategy(own), selection.count(own)
         if strategy == "all":
             width = layout.keys.shape[0]

@@ -179,6 +179,7 @@ def hardest(
     ceiling: Tensor | None,  # [A]
     count: int,
     by_place: bool,
+    in_order: bool = True,  # these always are
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `hardest`: keys [A, count] and similarities, hardest first; how many lie below a ceiling."""
     pairs, n_anchors = pairs_of(layout), layout.anchors.shape[0]

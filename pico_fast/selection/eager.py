@@ -159,6 +159,7 @@ def hardest(
     ceiling: Tensor | None,  # [A]
     count: int,
     by_place: bool,
+    in_order: bool = True,  # these always are
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `hardest`: keys of one side [A, count] and similarities, hardest first; how many lie below."""
     work = positions(layout)

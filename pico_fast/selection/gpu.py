@@ -1,9 +1,9 @@
-"""Selection on an NVIDIA GPU: launching `pico_fast.kernels.sample`, `.hardest` and `.synthesis`.
+"""Selection on an NVIDIA GPU: launching the kernels of samples, of the hardest keys and of synthesis.
 
 hardest: a threshold for each anchor from a sample of the keys, a walk over all keys that notes what
-reaches it, a sort of these. Anchors for which the sample misled, and all where keys are few, get their
-exact threshold digit by digit. Who those anchors are is known on the device alone: walks in which nobody
-takes part end at once.
+reaches it, and of these the wanted ones. Anchors for which the sample misled, and all where keys are few,
+get their exact threshold digit by digit. Who those anchors are is known on the device alone: walks in
+which nobody takes part end at once.
 """
 
 import math
@@ -13,13 +13,13 @@ import triton
 from torch import Tensor
 
 from pico_fast import draws, reference
-from pico_fast.kernels import configs, sample, synthesis
+from pico_fast.kernels import candidates, configs, sample, synthesis
 from pico_fast.kernels import hardest as kernels
 from pico_fast.selection import bounds as bounding
 from pico_fast.selection import launch as launches
 from pico_fast.selection.layout import Cut, Layout
 
-# most keys that the kernels select on one side; consumer cards sort half as many
+# most keys that the kernels select on one side
 MAX_COUNT = 4096
 # most channels of rows that a program of `synthesis` holds
 MAX_CHANNELS = 1024
@@ -71,11 +71,10 @@ def sample_keys(
     return drawn, new_ranges
 
 
-def takes_hardest(layout: Layout, own: bool, ceiling: Tensor | None, count: int, by_place: bool) -> bool:
+def takes_hardest(layout: Layout, own: bool, ceiling: Tensor | None, count: int, by_place: bool, *_):
     """Whether the kernels are for these; see `launch.takes`. float32 rows of 512 do not fit."""
     wide = layout.anchors.shape[1] > 256 and layout.keys.dtype == torch.float32
-    small = configs.family(launches.gpu(layout.anchors.device)[0]) == 86
-    held = 0 < count <= (MAX_COUNT // 2 if small else MAX_COUNT)
+    held = 0 < count <= MAX_COUNT
     return ceiling is None and not by_place and held and not wide and launches.takes(layout)
 
 
@@ -85,21 +84,12 @@ class _Side:
     def __init__(self, layout: Layout, own: bool, count: int) -> None:
         self.layout, self.own, self.count = layout, own, count
         n_anchors, device = len(layout.anchors), layout.keys.device
-        launch = configs.hardest(layout.keys.dtype, layout.keys.shape[1])
+        of_keys = (layout.keys.dtype, layout.keys.shape[1])
+        launch = configs.hardest(*of_keys)
         n = launches.n_positions(layout)
-        blocks = triton.cdiv(n_anchors, launch.BM)
-        processors = launches.gpu(layout.keys.device)[1]
-        splits = launches.choose_splits(blocks, processors, min(triton.cdiv(n, launch.BN), 64))
         self.tiles = launches.tile_list(*launches.parts(layout), n, launch.BN)
-        self.options = {
-            **launches.options(layout, launch),
-            **self.tiles,
-            "key_blocks": launches.key_blocks(layout, launch),
-            "own_key": layout.own_key if own else None,
-            "splits": splits,
-            "OWN": own,
-        }
-        self.grid = (blocks * splits,)
+        self.digits = self._walk(launch)
+        self.hits = self._walk(configs.hits(launches.gpu(device)[0], *of_keys, own))
         of_class = layout.sizes.take(layout.anchor_class.clamp(min=0))
         # in batch an anchor itself is among its class
         itself = int(layout.own_key is not None)
@@ -111,13 +101,33 @@ class _Side:
         n_words = len(self.tiles["firsts"]) * (launch.BN // 32)
         self.bits = torch.empty(n_anchors, n_words, dtype=torch.int32, device=device)
 
-    def collect(self, active: Tensor, threshold: Tensor) -> None:
+    def _walk(self, launch: configs.Launch) -> tuple[int, dict]:
+        """Programs of a walk over the keys, and what all walks take."""
+        layout = self.layout
+        blocks = triton.cdiv(len(layout.anchors), launch.BM)
+        processors, most = launches.gpu(layout.keys.device)[1], min(len(self.tiles["firsts"]), 64)
+        splits = launches.choose_splits(blocks, processors, most)
+        options = {
+            "key_blocks": launches.key_blocks(layout, launch),
+            "own_key": layout.own_key if self.own else None,
+            "splits": splits,
+            "OWN": self.own,
+        }
+        return blocks * splits, options | launches.options(layout, launch) | self.tiles
+
+    def collect(self, active: Tensor, threshold: Tensor, is_exact: bool) -> None:
         """Candidates of the active anchors: pairs whose word reaches the threshold [A]."""
         layout, n_anchors, n_words = self.layout, *self.bits.shape
-        kernels.hits_kernel[self.grid](
-            active=active, threshold=threshold, bits=self.bits, n_words=n_words, **self.options
+        programs, options = self.hits
+        kernels.hits_kernel[(programs,)](
+            active=active,
+            threshold=threshold,
+            bits=self.bits,
+            n_words=n_words,
+            EXACT=is_exact,
+            **options,
         )
-        kernels.collect_kernel[(n_anchors,)](
+        candidates.collect_kernel[(n_anchors,)](
             bits=self.bits,
             anchor_class=layout.anchor_class,
             ranges=layout.ranges,
@@ -129,14 +139,14 @@ class _Side:
             n_words=n_words,
             capacity=self.capacity,
             PARTS=layout.ranges.shape[1],
-            BN=self.options["BN"],
+            BN=options["BN"],
             WORDS=_WORDS,
             OWN=self.own,
             **self.tiles,
         )
         sizes = launches.sizes(layout.keys)
         rows = max(4, _VALUES // sizes["BD"])
-        kernels.score_kernel[(n_anchors, triton.cdiv(self.capacity, rows))](
+        candidates.score_kernel[(n_anchors, triton.cdiv(self.capacity, rows))](
             queries=layout.anchors,
             keys=layout.keys,
             active=active,
@@ -155,19 +165,20 @@ class _Side:
         word = torch.where(takes_part != 0, 0, _LEAST)
         rank = torch.full_like(word, self.count)
         counts = torch.zeros(len(rank), 2048, dtype=torch.int32, device=rank.device)
+        programs, options = self.digits
         for shift in kernels.DIGITS:
-            kernels.digits_kernel[self.grid](
-                active=takes_part, threshold=word, counts=counts, SHIFT=shift, **self.options
+            kernels.digits_kernel[(programs,)](
+                active=takes_part, threshold=word, counts=counts, SHIFT=shift, **options
             )
             kernels.narrow_kernel[(len(rank),)](takes_part, counts, word, rank, SHIFT=shift)
         return word
 
-    def ordered(self) -> tuple[Tensor, Tensor]:
-        """Indices [A, count] and similarities [A, count] of the candidates."""
+    def picked(self) -> tuple[Tensor, Tensor]:
+        """The hardest candidates, in the order of positions: indices and similarities [A, count]."""
         n_anchors = len(self.found)
         index = self.candidates.new_empty(n_anchors, self.count)
         similarity = torch.empty(n_anchors, self.count, device=index.device)
-        kernels.order_kernel[(n_anchors,)](
+        candidates.pick_kernel[(n_anchors,)](
             self.candidates,
             self.found,
             self.layout.anchor_class,
@@ -176,7 +187,8 @@ class _Side:
             self.count,
             OWN=self.own,
             CAPACITY=self.capacity,
-            num_warps=configs.order_warps(self.capacity),
+            PIECE=min(self.capacity, _WORDS),
+            num_warps=configs.pick_warps(self.capacity),
         )
         return index, similarity
 
@@ -199,17 +211,20 @@ def _thinned(layout: Layout, step: int) -> Layout:
 def _sampled_threshold(side: _Side) -> Tensor:
     """A word [A] that somewhat more than the wanted keys of each anchor should reach.
 
-    Of every `step`-th key as large a part is wanted, t, give or take the root of t. Six roots more are let
-    through; and every key of anchors that meet no more of the sample.
+    Of every `step`-th key as large a part is wanted, t, give or take the root of t (1 - 1 / step). Six of
+    these more are let through; and every key of anchors that meet no more of the sample. Positives meet
+    one class alone, so they afford more of it.
     """
-    n = launches.n_positions(side.layout)
-    step = max(16, triton.cdiv(n, bounding.MOST_WIDTH))
+    longest = n = launches.n_positions(side.layout)
+    if side.own and side.layout.key_order is None:
+        longest = triton.cdiv(n, len(side.layout.ranges))  # the slots of a class
+    step = max(4 if side.own else 16, triton.cdiv(longest, bounding.MOST_WIDTH))
     t = side.count / step
-    cut = Cut(None, math.ceil(t + 6 * math.sqrt(t)))
+    cut = Cut(None, math.ceil(t + 6 * math.sqrt(t * (1 - 1 / step))))
     layout, ends = bounding.gathered(_thinned(side.layout, step))
     of_keys = (launches.gpu(ends.device)[0], layout.keys.dtype, layout.keys.shape[1])
     launch = configs.positives(*of_keys, True) if side.own else configs.cut(*of_keys)
-    found = bounding.bounds(layout, cut, side.own, ends, len(layout.keys), launch, 1.0)
+    found = bounding.bounds(layout, cut, side.own, ends, triton.cdiv(longest, step), launch, 1.0)
     # as a half it may be rounded up
     least = found.least.float().clamp(max=65504)
     bits = (least - least.abs() * 2.0**-11).view(torch.int32)
@@ -217,22 +232,32 @@ def _sampled_threshold(side: _Side) -> Tensor:
     return torch.where(found.pairs <= cut.count, _LEAST, word)
 
 
+def _ordered(index: Tensor, similarity: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+    """Lists [A, count] hardest first, of equal ones the lower index, -1 behind the last."""
+    hardness = (-similarity if own else similarity).masked_fill(index < 0, -math.inf)
+    by_index = index.argsort(dim=1)
+    order = hardness.gather(1, by_index).argsort(dim=1, descending=True, stable=True)
+    order = by_index.gather(1, order)
+    return index.gather(1, order), similarity.gather(1, order)
+
+
 def hardest(
-    layout: Layout, own: bool, ceiling: None, count: int, by_place: bool
+    layout: Layout, own: bool, ceiling: None, count: int, by_place: bool, in_order: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `hardest`: rows of keys [A, count], hardest first, and their inner products."""
+    """The op `hardest`: rows of keys [A, count] and their inner products."""
     none = layout.anchor_class.new_empty(0)
     layout = launches.dense(layout)
     side = _Side(layout, own, count)
     used = (layout.anchor_class >= 0).int()
     if launches.n_positions(layout) <= _FEW * count:
-        side.collect(used, side.exact_threshold(used))
-        return *side.ordered(), none
-    side.collect(used, torch.where(side.available <= count, _LEAST, _sampled_threshold(side)))
-    misled = (side.found < side.available.clamp(max=count)) | (side.found > side.capacity)
-    misled = (misled & (used != 0)).int()
-    side.collect(misled, side.exact_threshold(misled))
-    return *side.ordered(), none
+        side.collect(used, side.exact_threshold(used), True)
+    else:
+        side.collect(used, torch.where(side.available <= count, _LEAST, _sampled_threshold(side)), False)
+        misled = (side.found < side.available.clamp(max=count)) | (side.found > side.capacity)
+        misled = (misled & (used != 0)).int()
+        side.collect(misled, side.exact_threshold(misled), True)
+    found = side.picked()
+    return *(_ordered(*found, own) if in_order else found), none
 
 
 def _takes_rows(*tensors: Tensor) -> bool:

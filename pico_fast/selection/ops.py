@@ -4,7 +4,8 @@ Those of a layout take its six tensors first (see `layout.Layout`). Similarities
 divided by the temperature, in float64 where anchors or keys are float64, else in float32.
 
     sample_keys    some keys of each class: a smaller layout's key_order and ranges
-    hardest        lists of the hardest keys of each anchor; with a ceiling how many lie below it, else [0]
+    hardest        lists of the hardest keys of each anchor, hardest first unless nobody asks for an order;
+                   with a ceiling how many lie below it, else [0]
     weighted_rows  sums of listed keys by weight
     mix_negatives  log-sum and softmax mean of synthesised negatives
 """
@@ -21,7 +22,7 @@ LAYOUT = (
 _SCHEMAS = {
     "sample_keys": "(Tensor ranges, Tensor names, Tensor? key_order, SymInt need, bool own,"
     " Tensor seed, SymInt capacity) -> (Tensor key_order, Tensor ranges)",
-    "hardest": f"({LAYOUT}, bool own, Tensor? ceiling, SymInt count, bool by_place)"
+    "hardest": f"({LAYOUT}, bool own, Tensor? ceiling, SymInt count, bool by_place, bool in_order=True)"
     " -> (Tensor index, Tensor similarity, Tensor below)",
     "weighted_rows": "(Tensor keys, Tensor index, Tensor weight) -> Tensor",
     "mix_negatives": "(Tensor anchors, Tensor keys, Tensor pool_index, Tensor row,"
@@ -69,7 +70,7 @@ def _(ranges, names, key_order, need, own, seed, capacity):
 
 
 @torch.library.register_fake("pico_fast::hardest")
-def _(anchors, anchor_class, keys, key_order, ranges, own_key, own, ceiling, count, by_place):
+def _(anchors, anchor_class, keys, key_order, ranges, own_key, own, ceiling, count, *_):
     index = anchor_class.new_empty(anchors.shape[0], count)
     below = anchor_class.new_empty(0 if ceiling is None else anchors.shape[0])
     return index, anchors.new_empty(index.shape, dtype=product_dtype(anchors, keys)), below
