@@ -48,8 +48,8 @@ PROMISES = {
         ),
         Promise("Offsets beyond 2^31 and 2^32 are right.", "large", "large"),
         Promise(
-            "Every Triton kernel compiles for sm_80, sm_86, sm_90 and sm_100, without spills (one that is"
-            " known aside) and within the shared memory; interpreted, they keep the error budget.",
+            "Every Triton kernel compiles for sm_80, sm_86, sm_90 and sm_100, without spills and within the"
+            " shared memory; interpreted, they keep the error budget.",
             "kernels_compile kernels_budget kernels_contrast kernels_cut kernels_hardest",
             "kernels",
         ),
