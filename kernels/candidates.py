@@ -1,8 +1,10 @@
 """The hardest keys of each anchor, from the bits of those that may be among them (`kernels/hardest.py`).
 
-collect_kernel   an anchor: the keys of its bits, which are its candidates
-score_kernel     an anchor x some candidates: their words
-pick_kernel      an anchor: of its candidates the wanted ones, in the order of the keys
+    collect_kernel   an anchor: the keys of its bits, which are its candidates
+    score_kernel     an anchor x some candidates: their words
+    pick_kernel      an anchor: of its candidates the wanted ones, in the order of the keys
+
+Words are those of `hardest`: similarity above inverted row.
 """
 
 import triton

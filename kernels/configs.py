@@ -116,21 +116,23 @@ HARDEST = {
     (2, 128): Launch(64, 64, 8, 2),
     (2, 256): Launch(64, 64, 8, 2),
     (2, 512): Launch(64, 32, 8, 1),
-    (4, 64): Launch(64, 64, 8, 2),
+    (4, 64): Launch(64, 32, 8, 2),
     (4, 128): Launch(32, 32, 8, 2),
     (4, 256): Launch(64, 32, 8, 1),
 }
 
-# Anchors of a block and warps where the walk over the negatives, which is all keys, takes more of both:
-# each block reads every key from the L2 cache.
+# Anchors of a block and warps of the walk that writes bits, where they are others, by side (own class or
+# not). The walk over the negatives is one over all keys: each block reads every key from the L2 cache.
 HITS = {
-    (80, 2, 256): (128, 8),
-    (90, 2, 64): (256, 16),
-    (90, 2, 128): (256, 16),
-    (90, 2, 256): (256, 16),
-    (100, 2, 64): (128, 8),
-    (100, 2, 128): (128, 8),
-    (100, 2, 256): (128, 8),
+    (80, 2, 256, False): (128, 8),
+    (90, 2, 64, False): (256, 16),
+    (90, 2, 128, False): (256, 16),
+    (90, 2, 256, False): (256, 16),
+    (100, 2, 64, False): (64, 4),
+    (100, 2, 64, True): (64, 4),
+    (100, 2, 128, False): (64, 4),
+    (100, 2, 128, True): (64, 4),
+    (100, 2, 256, False): (128, 8),
 }
 
 # merge_kernel: rows of a block
@@ -184,8 +186,8 @@ def hardest(dtype: torch.dtype, channels: int) -> Launch:
 def hits(generation: int, dtype: torch.dtype, channels: int, own: bool) -> Launch:
     """Settings of hits_kernel: the tiles of the other walks."""
     launch = hardest(dtype, channels)
-    row = HITS.get((family(generation), dtype.itemsize, _width(channels)))
-    return launch if own or row is None else launch._replace(BM=row[0], num_warps=row[1])
+    row = HITS.get((family(generation), dtype.itemsize, _width(channels), own))
+    return launch if row is None else launch._replace(BM=row[0], num_warps=row[1])
 
 
 def cut_warps(places: int) -> int:

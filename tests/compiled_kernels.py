@@ -5,6 +5,7 @@
 A process of its own: kernels that the tests interpret cannot be compiled beside it.
 """
 
+import itertools
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -210,9 +211,9 @@ def merges(channels) -> tuple:
 def walks(generation, dtype, channels) -> list[tuple[str, tuple]]:
     """The walks of `hardest`: bits of hits and counts of digits, both sides, in a bank and in batch."""
     found = []
-    for own, shift in ((False, None), (True, None), (True, 53), (False, 32)):
+    for own, what in itertools.product((False, True), ("hits", "exact hits", "digits")):
         launch = configs.hardest(dtype, channels)
-        if shift is None:
+        if what != "digits":
             launch = configs.hits(generation, dtype, channels, own)
         for gather in (False, True):
             arguments, constants = of_layout(generation, dtype, channels, launch, gather)
@@ -223,13 +224,12 @@ def walks(generation, dtype, channels) -> list[tuple[str, tuple]]:
                 arguments["own_key"] = "*i64"
             else:
                 constants["own_key"] = None
-            if shift is None:
-                what, kernel = "hits", hardest.hits_kernel
-                constants["EXACT"] = own
+            if what != "digits":
+                kernel, constants["EXACT"] = hardest.hits_kernel, what != "hits"
                 arguments |= {"bits": "*i32", "n_words": "i32"}
             else:
-                what, kernel = "digits", hardest.digits_kernel
-                arguments["counts"], constants["SHIFT"] = "*i32", shift
+                kernel = hardest.digits_kernel
+                arguments["counts"], constants["SHIFT"] = "*i32", 53 if own else 32
             side, way = "own" if own else "other", "gather" if gather else "bank"
             name = f"{what} {TYPES[dtype]} {channels} {side} {way}"
             found.append((name, (kernel, arguments, constants, launch)))
